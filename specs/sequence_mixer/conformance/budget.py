@@ -1,0 +1,66 @@
+"""How far a result may be from the float64 reference: the one place where tolerances are made.
+
+The allowance comes from data: the error of the plain PyTorch path at the same dtype, doubled, and never less than a
+few roundings. It is the same on every machine. Nothing here is set by hand per mixer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_OVER_RMS = 20.0  # largest element error allowed, in units of the allowed RMS error
+FLOOR_EPS = 4.0  # relative RMS floor in units of eps
+FLOOR_EPS_FLOAT64 = 64.0  # the reference itself is float64, so its own rounding is in the comparison
+
+
+def rms(value: Tensor) -> float:
+    """Root mean square over all elements, in float64; 0 for an empty tensor."""
+    return float(value.detach().double().square().mean().sqrt()) if value.numel() else 0.0
+
+
+def relative_rms(value: Tensor, exact: Tensor) -> float:
+    """rms(value - exact) / rms(exact); the absolute error where `exact` is all zero; NaN never passes."""
+    error = rms(value.detach().double().cpu() - exact.detach().double().cpu())
+    scale = rms(exact)
+    return error / scale if scale > 0 else error
+
+
+def floor(dtype: torch.dtype) -> float:
+    """Relative RMS error that any correct path may have at `dtype`."""
+    return (FLOOR_EPS_FLOAT64 if dtype == torch.float64 else FLOOR_EPS) * torch.finfo(dtype).eps
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Error of one tensor beside what was allowed. `ok` is False for NaN."""
+
+    ok: bool
+    error: float
+    allowed: float
+    worst: float
+    worst_allowed: float
+
+    def __str__(self) -> str:
+        return (
+            f"relative RMS error {self.error:.2e} (allowed {self.allowed:.2e}), "
+            f"largest {self.worst:.2e} (allowed {self.worst_allowed:.2e})"
+        )
+
+
+def judge(value: Tensor, exact: Tensor, plain: Tensor | None, dtype: torch.dtype) -> Verdict:
+    """Compare `value` with the float64 result `exact`.
+
+    plain: result of the plain PyTorch path at `dtype` from the same inputs; None allows only the floor.
+    dtype: dtype of the computation that is judged.
+    """
+    plain_error = relative_rms(plain, exact) if plain is not None else 0.0
+    allowed = 2.0 * max(plain_error, floor(dtype))
+    error = relative_rms(value, exact)
+    difference = (value.detach().double().cpu() - exact.detach().double().cpu()).abs()
+    scale = rms(exact) or 1.0
+    worst = float(difference.max()) / scale if difference.numel() else 0.0
+    worst_allowed = MAX_OVER_RMS * allowed
+    return Verdict(error <= allowed and worst <= worst_allowed, error, allowed, worst, worst_allowed)

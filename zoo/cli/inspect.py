@@ -1,0 +1,89 @@
+"""`zoo explain` and `zoo matrix`: what serves a call, and what the mixing matrix looks like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sequence_mixer.errors import ConfigError, DeviceError, UnsupportedCapability
+from zoo.build import create
+from zoo.explain import explain as explain_call
+from zoo.matrix_picture import block_ranks, draw_matrix
+from zoo.registry import registry
+
+console = Console(highlight=False)
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The torch dtype of a command-line name. Raises ConfigError."""
+    if name not in DTYPES:
+        raise ConfigError(f"no dtype {name!r}; one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def device_named(name: str) -> torch.device:
+    """The torch device of a command-line name. Raises DeviceError if it is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"no device {name!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("no CUDA device is visible; take --device cpu")
+    return device
+
+
+def explain(
+    name: str,
+    d_model: Annotated[int, typer.Option(min=1)] = 256,
+    length: Annotated[int, typer.Option(min=1)] = 256,
+    batch: Annotated[int, typer.Option(min=1)] = 2,
+    device: str = "cpu",
+    dtype: str = "float32",
+    backend: str = "auto",
+) -> None:
+    """Tell which implementation serves each operator of a mixer, and why each faster one does not."""
+    where, kind = device_named(device), dtype_named(dtype)
+    mixer = create(name, d_model=d_model, backend=backend).to(device=where, dtype=kind)
+    x = torch.randn(batch, length, d_model, device=where, dtype=kind)
+    console.print(str(explain_call(mixer, x)), markup=False)
+
+
+def matrix(
+    name: str,
+    example: Annotated[str, typer.Option(help="Example config of the mixer.")] = "default",
+    length: Annotated[int, typer.Option(min=2, max=2048)] = 64,
+    head: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="PNG to write; <name>-matrix.png by default.")] = None,
+    seed: int = 0,
+) -> None:
+    """Draw the mixing matrix of a mixer, and print the ranks of its strictly lower blocks."""
+    definition = registry.definition(name)
+    if example not in definition.examples:
+        raise ConfigError(f"{name} has no example {example!r}; it has: {', '.join(definition.examples)}")
+    config = definition.example(example)
+    capabilities = definition.capabilities_of(config)
+    if not capabilities.matrix_form:
+        raise UnsupportedCapability(name, "matrix_form")
+    torch.manual_seed(seed)
+    mixer = create(config).double()
+    limit = getattr(config, "max_length", None)
+    tokens = length if limit is None else min(length, limit)
+    form = mixer.matrix_form(torch.randn(1, tokens, config.d_model, dtype=torch.float64))
+    if head >= form.n_heads:
+        raise ConfigError(f"{name} has heads 0 to {form.n_heads - 1}, asked for {head}")
+    picture = form.heads(slice(head, head + 1))[0, 0].detach()
+    ranks = block_ranks(picture)
+    table = Table("rows from", "rank of the block below", "declared")
+    declared = ", ".join(str(structure) for structure in capabilities.structures)
+    for index, (row, rank) in enumerate(ranks):
+        table.add_row(str(row), str(rank), declared.replace("[", r"\[") if index == 0 else "")
+    console.print(table)
+    path = out or Path(f"{name}-matrix.png")
+    draw_matrix(picture, ranks, f"{name} ({example}), head {head}, T = {tokens}", path)
+    console.print(f"wrote {path}", markup=False)

@@ -1,0 +1,20 @@
+"""Jitted pieces shared by the kernels of several operators."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+# The interpreter returns garbage for bfloat16 `tl.dot`; products are done on float32 copies there.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a [M,K] @ b [K,N] (+ acc) with a float32 accumulator; float32 operands are multiplied in IEEE precision."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc=acc, input_precision="ieee", out_dtype=tl.float32)
