@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 from sequence_mixer.definition import Structure
@@ -57,3 +59,22 @@ def markdown_table() -> str:
             f"| {', '.join(row['backends'])} | {row['source']} |"
         )
     return "\n".join(lines)
+
+
+BEGIN, END = "<!-- mixers: begin", "<!-- mixers: end -->"
+
+
+def with_table(text: str) -> str:
+    """`text` with the table between its two markers replaced by the current one."""
+    head, _, rest = text.partition(BEGIN)
+    comment, _, rest = rest.partition("\n")
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}{comment}\n{markdown_table()}\n{END}{tail}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] == "--write":
+        path = Path(sys.argv[2])
+        path.write_text(with_table(path.read_text()))
+    else:
+        print(markdown_table())

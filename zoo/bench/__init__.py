@@ -1,0 +1,1 @@
+"""Head-to-head measurements of every registered mixer on this machine."""
