@@ -8,7 +8,6 @@ import functools
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-
 from zoo.bench.cases import Case, cases, prepare, sizes_for
 from zoo.bench.machine import describe_machine
 from zoo.bench.run import conformance_row

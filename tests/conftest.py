@@ -13,8 +13,10 @@ def pytest_configure(config: pytest.Config) -> None:
     import zoo
     import zoo_ssd
 
-    homes = {name: Path(str(module.__file__)).resolve() for name, module in
-             {"zoo": zoo, "sequence_mixer": sequence_mixer, "zoo_ssd": zoo_ssd}.items()}
+    homes = {
+        name: Path(str(module.__file__)).resolve()
+        for name, module in {"zoo": zoo, "sequence_mixer": sequence_mixer, "zoo_ssd": zoo_ssd}.items()
+    }
     strays = {name: str(path) for name, path in homes.items() if ROOT not in path.parents}
     if strays:
         raise pytest.UsageError(f"tests run against an editable install of {ROOT}; these come from elsewhere: {strays}")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from pydantic import BaseModel, ValidationError
 
-import zoo
 from sequence_mixer import AnyMixerConfig, UnsupportedCapability
 from sequence_mixer.errors import BackendError, ConfigError, ShapeError, UnknownMixer
 
@@ -87,5 +87,5 @@ def test_a_wrong_shape_and_an_undeclared_capability_are_told_in_words() -> None:
     mixer = zoo.create("attention", d_model=64, causal=False)
     with pytest.raises(ShapeError, match=r"x has shape \[1, 4, 65\], wanted \[B, T, D=64\]"):
         mixer(torch.randn(1, 4, 65))
-    with pytest.raises(UnsupportedCapability, match="attention.*'stateful'.*mixers that do: .*ssd"):
+    with pytest.raises(UnsupportedCapability, match=r"attention.*'stateful'.*mixers that do: .*ssd"):
         mixer.initial_state(1)

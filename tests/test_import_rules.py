@@ -44,7 +44,9 @@ def test_the_host_never_imports_a_plugin() -> None:
 def test_operators_import_torch_triton_and_the_light_part_of_the_contract() -> None:
     light = ("sequence_mixer.errors", "sequence_mixer.shapes", "zoo.ops", "torch", "triton")
     for path in sources("zoo/ops"):
-        strays = [m for m in imports_of(path) if not within(m, *light) and m.split(".")[0] not in sys.stdlib_module_names]
+        strays = [
+            m for m in imports_of(path) if not within(m, *light) and m.split(".")[0] not in sys.stdlib_module_names
+        ]
         assert not strays, f"{path}: {strays}"
 
 

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from zoo.registry import Registry, contract_problem
 
 from sequence_mixer.errors import RegistryError, UnknownMixer
 from sequence_mixer.hookspecs import CONTRACT
-from zoo.registry import Registry, contract_problem
 
 GOOD = """
 from typing import Literal
@@ -65,7 +65,7 @@ def test_a_plugin_that_breaks_on_import_takes_nobody_down_and_keeps_its_tracebac
     site.add("plug-one", "plug_one", GOOD.format(name="one"), ("one",))
     registry = Registry()
     assert registry.definition("one").name == "one"
-    with pytest.raises(RegistryError, match="plug_bad.*plug-bad.*did not load: ModuleNotFoundError"):
+    with pytest.raises(RegistryError, match=r"plug_bad.*plug-bad.*did not load: ModuleNotFoundError"):
         registry.definition("bad")
     (row,) = [row for row in registry.plugins() if row.package == "plug_bad"]
     assert row.status == "failed"
@@ -149,7 +149,12 @@ def test_a_misspelt_mixer_gets_a_suggestion() -> None:
 
 @pytest.mark.parametrize(
     ("contract", "problem"),
-    [("sequence_mixer:v1_0", None), ("sequence_mixer:v1_7", "upgrade"), ("sequence_mixer:v0_3", "release"), ("v1", "form")],
+    [
+        ("sequence_mixer:v1_0", None),
+        ("sequence_mixer:v1_7", "upgrade"),
+        ("sequence_mixer:v0_3", "release"),
+        ("v1", "form"),
+    ],
 )
 def test_contract_versions_compare_by_major_and_minor(contract: str, problem: str | None) -> None:
     found = contract_problem(contract)

@@ -79,9 +79,7 @@ def in_words(name: str, config: type[MixerConfig], error: ValidationError) -> st
     return f"{name} config: " + "; ".join(told)
 
 
-def from_reference(
-    name: str, peer: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]
-) -> SequenceMixer:
+def from_reference(name: str, peer: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> SequenceMixer:
     """A mixer equal to a reference module and holding its weights.
 
     name: registered mixer. peer: the reference class, as the mixer's README lists it ("Mamba2", ...).
@@ -103,5 +101,3 @@ def from_reference(
     except RuntimeError as error:
         raise ReferenceMismatch(f"{name} from {peer}: the weights do not fit: {error}") from None
     return mixer
-
-

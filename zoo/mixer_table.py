@@ -25,7 +25,9 @@ def mixer_rows() -> tuple[list[dict[str, Any]], dict[str, str]]:
         rows.append(
             {
                 "name": name,
-                "direction": directions([definition.capabilities_of(definition.example(k)) for k in definition.examples]),
+                "direction": directions(
+                    [definition.capabilities_of(definition.example(k)) for k in definition.examples]
+                ),
                 "stateful": able.stateful,
                 "varlen": able.varlen,
                 "padding_mask": able.padding_mask,
@@ -51,7 +53,10 @@ def structure_name(structure: Structure) -> str:
 
 def markdown_table() -> str:
     """The README's table of mixers."""
-    lines = ["| mixer | direction | decodes | packs | mixing matrix | backends | source |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| mixer | direction | decodes | packs | mixing matrix | backends | source |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in mixer_rows()[0]:
         decodes, packs = ("yes" if row[key] else "no" for key in ("stateful", "varlen"))
         lines.append(

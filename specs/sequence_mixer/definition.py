@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sequence_mixer.config import MixerConfig
 from sequence_mixer.errors import ConfigError, suggest
@@ -134,8 +134,8 @@ class MixerDef:
     config: type[MixerConfig]
     build: Callable[..., SequenceMixer]
     examples: Mapping[str, Mapping[str, Any]]
-    capabilities: Capabilities = field(default=None)  # type: ignore[assignment]
-    capabilities_of: Callable[[Any], Capabilities] = field(default=None)  # type: ignore[assignment]
+    capabilities: Capabilities = cast(Capabilities, None)  # None stands for: computed in __post_init__
+    capabilities_of: Callable[[Any], Capabilities] = cast(Callable[[Any], Capabilities], None)
     source: str = ""
     maintainer: str = ""
     status: str = "stable"
@@ -147,9 +147,10 @@ class MixerDef:
     def __post_init__(self) -> None:
         if "default" not in self.examples:
             raise ConfigError(f"mixer {self.name!r}: examples need the key 'default', got {', '.join(self.examples)}")
-        if self.capabilities is None and self.capabilities_of is None:
+        given: tuple[object, object] = (self.capabilities, self.capabilities_of)
+        if given == (None, None):
             raise ConfigError(f"mixer {self.name!r}: give capabilities or capabilities_of")
-        if self.capabilities_of is None:
+        if given[1] is None:
             constant = self.capabilities
             object.__setattr__(self, "capabilities_of", lambda config: constant)
         else:

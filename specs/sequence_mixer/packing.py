@@ -33,6 +33,6 @@ class PaddingAsPacking:
 
     def unpack(self, y: Tensor) -> Tensor:
         """[1,B*T,...] -> [B,T,...] with 0 in padded slots."""
-        rows = y.squeeze(0).index_select(0, self.back).unflatten(0, (self.batch, self.tokens))
+        rows = y.squeeze(0).index_select(0, self.back).reshape(self.batch, self.tokens, *y.shape[2:])
         real = self.real.reshape(self.batch, self.tokens, *[1] * (rows.dim() - 2))
         return torch.where(real, rows, torch.zeros((), dtype=y.dtype, device=y.device))

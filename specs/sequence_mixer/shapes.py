@@ -8,6 +8,8 @@ K key positions, kernel taps or buffer slots     R rank
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -86,7 +88,7 @@ def expect_cu_seqlens(cu_seqlens: Tensor, total: int, batch: int) -> int:
         raise PackingError(f"cu_seqlens goes with one packed row [1, T, ...]; the input has batch {batch}")
     if checks_values(cu_seqlens):
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != total or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+        if ends[0] != 0 or ends[-1] != total or any(b < a for a, b in itertools.pairwise(ends)):
             raise PackingError(f"cu_seqlens {_short(ends)} must rise from 0 to T={total} without decreasing")
     return cu_seqlens.numel() - 1
 

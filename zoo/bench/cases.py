@@ -78,7 +78,7 @@ def build_mixer(name: str, d_model: int, length: int, device: torch.device, dtyp
     """The mixer with its default options at this width; `max_length` is the length where the config has one."""
     torch.manual_seed(0)
     fields = registry.definition(name).config.model_fields
-    options = {"max_length": length} if "max_length" in fields else {}
+    options: dict[str, Any] = {"max_length": length} if "max_length" in fields else {}
     return create(name, d_model=d_model, **options).to(device=device, dtype=dtype)
 
 

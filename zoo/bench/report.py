@@ -119,7 +119,9 @@ def _cells(
         _scaled(flops, ms * 1e6) if ms else "-",
         _scaled(moved, 2**20),
         _scaled(moved, ms * 1e6) if ms else "-",
-        (f"{quality['bits_per_byte']:.3f}" if "bits_per_byte" in quality else quality.get("reason", "-")) if first else "",
+        (f"{quality['bits_per_byte']:.3f}" if "bits_per_byte" in quality else quality.get("reason", "-"))
+        if first
+        else "",
         green if first else "",
     ]
 

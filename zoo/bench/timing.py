@@ -47,7 +47,7 @@ def _cuda_samples(run: Callable[[], Any], seconds: float) -> list[float]:
     once = time.perf_counter() - start
     count = int(min(MAX_SAMPLES, max(MIN_SAMPLES, seconds / max(once, 1e-5))))
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    events = [(_event(), _event()) for _ in range(count)]
     for begin, end in events:
         flush.zero_()
         begin.record()
@@ -55,3 +55,7 @@ def _cuda_samples(run: Callable[[], Any], seconds: float) -> list[float]:
         end.record()
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) for begin, end in events]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

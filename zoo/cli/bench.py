@@ -18,16 +18,22 @@ console = Console(highlight=False)
 
 
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="Mixers to compare; all registered ones by default.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Mixers to compare; all registered ones by default.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda if there is one, else cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16 on CUDA, float32 on a CPU by default.")] = "auto",
     length: Annotated[list[int] | None, typer.Option(min=1, help="Sequence lengths; repeatable.")] = None,
     d_model: Annotated[int | None, typer.Option(min=1)] = None,
     baseline: Annotated[str, typer.Option(help="Mixer the crossovers are counted against.")] = "attention",
     out: Annotated[Path, typer.Option(help="Folder for results.json and results.png.")] = Path("bench-out"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure anew instead of going on with an earlier run.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure anew instead of going on with an earlier run.")
+    ] = False,
     train: Annotated[bool, typer.Option(help="Include the short training run on real text.")] = True,
-    check: Annotated[bool, typer.Option(help="Run the conformance suite first and mark rows that are not green.")] = True,
+    check: Annotated[
+        bool, typer.Option(help="Run the conformance suite first and mark rows that are not green.")
+    ] = True,
 ) -> None:
     """Compare mixers: forward, train step and decode time against length, memory, cost model, bits per byte."""
     where = device_named(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)

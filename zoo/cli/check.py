@@ -41,7 +41,13 @@ def check(
     reports: dict[str, Any] = {}
     green = True
     for name in chosen:
-        columns = (TextColumn(f"{name:>18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        columns = (
+            TextColumn(f"{name:>18}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("", total=None)
 
@@ -69,7 +75,5 @@ def _print_report(name: str, report: Any, verbose: bool) -> None:
     if shown:
         table = Table("check", "example", "dtype", "status", "message")
         for result in shown:
-            table.add_row(
-                result.check, result.example, result.dtype, result.status, result.message.replace("[", r"\[")
-            )
+            table.add_row(result.check, result.example, result.dtype, result.status, result.message.replace("[", r"\["))
         console.print(table)

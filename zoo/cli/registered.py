@@ -82,5 +82,3 @@ def plugins(
                 console.print(f"\n{row.package}:\n{row.trace}", markup=False)
     if any(row.status == "failed" for row in rows):
         raise typer.Exit(1)
-
-

@@ -149,9 +149,9 @@ def why_not(
     for package in spec.needs:
         if not has_package(package):
             return f"needs the package {package!r}, which is not installed"
-    if "*" not in spec.devices and device not in spec.devices:
-        if not (device == "cpu" and "triton" in spec.needs and interpreting()):
-            return f"runs on {', '.join(spec.devices)}, the input is on {device}"
+    interpreted = device == "cpu" and "triton" in spec.needs and interpreting()
+    if "*" not in spec.devices and device not in spec.devices and not interpreted:
+        return f"runs on {', '.join(spec.devices)}, the input is on {device}"
     if dtype_name not in spec.dtypes:
         return f"takes {', '.join(spec.dtypes)}, the input is {dtype_name}"
     if training and not spec.training:
@@ -173,7 +173,7 @@ def interpreting() -> bool:
 
 @contextlib.contextmanager
 def record_dispatch() -> Iterator[list[Dispatch]]:
-    """Record every choice made inside the block (eager mode): operator, backend, and why faster ones were passed over."""
+    """Record every choice made inside the block (eager mode): operator, backend, reasons of the faster ones."""
     record: list[Dispatch] = []
     _records.append(record)
     try:
