@@ -14,7 +14,7 @@ from sequence_mixer.config import MixerConfig
 from sequence_mixer.definition import MixerDef
 from sequence_mixer.errors import BackendError, ConfigError, ReferenceMismatch, suggest
 from sequence_mixer.mixer import SequenceMixer
-from zoo.config_file import read_config_file
+from zoo.config_file import in_words, read_config_file
 from zoo.registry import registry
 
 
@@ -59,24 +59,7 @@ def resolve(mixer: str | os.PathLike[str] | Mapping[str, Any] | MixerConfig, **o
     try:
         return definition.config.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError(in_words(definition.name, definition.config, error)) from None
-
-
-def in_words(name: str, config: type[MixerConfig], error: ValidationError) -> str:
-    """A validation error as one sentence per wrong field, with the closest known key for a misspelt one."""
-    told = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            keys = list(config.model_fields)
-            told.append(f"unknown key {where!r}{suggest(where, keys)}; keys: {', '.join(keys)}")
-        elif problem["type"] == "missing":
-            told.append(f"{where!r} is missing")
-        elif where:
-            told.append(f"{where}={problem['input']!r}: {problem['msg']}")
-        else:
-            told.append(problem["msg"].removeprefix("Value error, "))
-    return f"{name} config: " + "; ".join(told)
+        raise ConfigError(in_words(f"{definition.name} config", definition.config, error)) from None
 
 
 def from_reference(name: str, peer: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> SequenceMixer:

@@ -26,14 +26,14 @@ def smoke_run(name: str, sizes: Sizes, device: torch.device) -> dict[str, Any]:
     if "max_length" in fields:
         options["max_length"] = sizes.train_context
     try:
-        config = TrainConfig.model_validate(
-            {
-                "model": {"d_model": sizes.train_width, "layers": [options, options]},
-                "context": sizes.train_context,
-                "batch_size": 8,
-                "steps": sizes.train_steps,
-                "device": str(device),
-            }
+        config = TrainConfig.of(
+            model={"d_model": sizes.train_width, "layers": [options, options]},
+            context=sizes.train_context,
+            batch_size=8,
+            steps=sizes.train_steps,
+            warmup_steps=sizes.train_steps // 10,
+            eval_every=0,
+            device=str(device),
         )
         result = train_language_model(config)
     except MixerError as error:
