@@ -1,0 +1,222 @@
+"""The Triton kernels of the short convolution against the definition: values and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sequence_mixer.conformance.budget import judge
+from sequence_mixer.errors import BackendError
+from zoo.ops import short_convolution
+from zoo.ops.short_convolution import flops
+
+NAMES = ("x", "weight", "bias", "initial_state")
+PACKINGS = [[0, 1, 1, 3, 13, 17, 17, 45], [0, 0, 2, 2], [0, 23], [0, 0, 129]]
+
+
+def inputs(
+    device: str, batch: int, tokens: int, channels: int, width: int, sequences: int | None = None
+) -> dict[str, Tensor]:
+    torch.manual_seed(tokens * 100 + width)
+    made = {
+        "x": torch.randn(batch, tokens, channels),
+        "weight": torch.randn(channels, width),
+        "bias": torch.randn(channels),
+        "initial_state": torch.randn(sequences or batch, channels, width - 1),
+    }
+    return {name: tensor.to(device) for name, tensor in made.items()}
+
+
+def run(given: dict[str, Tensor], backend: str, **options: object) -> dict[str, Tensor]:
+    """y, final state, and the gradients of the inputs for fixed cotangents."""
+    leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
+    y, final = short_convolution(**leaves, backend=backend, **options)  # type: ignore[arg-type]
+    torch.manual_seed(5)
+    dy, dfinal = (torch.randn(t.shape).to(torch.bfloat16).to(t.device, t.dtype) for t in (y, final))
+    gradients = torch.autograd.grad((y, final), list(leaves.values()), (dy, dfinal))
+    return {"y": y, "final": final} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def check(given: dict[str, Tensor], dtype: torch.dtype, **options: object) -> None:
+    """Triton at `dtype` beside the definition in float64 and the plain path at `dtype`."""
+    given = {name: t.to(dtype) for name, t in given.items()}
+    exact = run({name: t.double() for name, t in given.items()}, "reference", **options)
+    plain = run(given, "chunked", **options)
+    for name, value in run(given, "triton", **options).items():
+        assert value.dtype == dtype
+        verdict = judge(value, exact[name], plain[name], dtype)
+        assert verdict.ok, f"{name}: {verdict}"
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 15, 16, 17, 31, 130])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_every_length_meets_the_definition(device: str, tokens: int, activation: str | None) -> None:
+    check(inputs(device, 2, tokens, 24, 4), torch.float32, activation=activation)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8])
+def test_every_number_of_taps_meets_the_definition(device: str, width: int) -> None:
+    check(inputs(device, 2, 19, 70, width), torch.float32, activation="silu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_half_precision_stays_within_its_budget(device: str, dtype: torch.dtype, tokens: int) -> None:
+    check(inputs(device, 2, tokens, 64, 4), dtype, activation="silu")
+
+
+@pytest.mark.parametrize("ends", PACKINGS)
+@pytest.mark.parametrize("width", [1, 2, 4, 7])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_packed_sequences_meet_the_definition(
+    device: str, ends: list[int], width: int, activation: str | None
+) -> None:
+    given = inputs(device, 1, ends[-1], 24, width, sequences=len(ends) - 1)
+    check(given, torch.float32, activation=activation, cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device))
+
+
+@pytest.mark.parametrize("left_out", [("bias",), ("initial_state",), ("bias", "initial_state")])
+@pytest.mark.parametrize("packed", [False, True])
+def test_bias_and_initial_state_may_be_left_out(device: str, left_out: tuple[str, ...], packed: bool) -> None:
+    given = inputs(device, 1, 21, 24, 4, sequences=3 if packed else 1)
+    ends = torch.tensor([0, 2, 2, 21], device=device) if packed else None
+    check({k: v for k, v in given.items() if k not in left_out}, torch.float32, activation="silu", cu_seqlens=ends)
+
+
+def test_parameters_and_state_may_be_float32_beside_half_inputs(device: str) -> None:
+    given = inputs(device, 2, 19, 24, 4)
+    given["x"] = given["x"].bfloat16()
+    got, plain = (run(given, backend, activation="silu") for backend in ("triton", "chunked"))
+    rounded = {name: t.double() for name, t in given.items()}
+    rounded["initial_state"] = given["initial_state"].bfloat16().double()
+    exact = run(rounded, "reference", activation="silu")
+    for name, value in got.items():
+        assert value.dtype == plain[name].dtype, name
+        verdict = judge(value, exact[name], plain[name], torch.bfloat16)
+        assert verdict.ok, f"{name}: {verdict}"
+
+
+def test_non_contiguous_inputs_and_cotangents_are_served(device: str) -> None:
+    wide = torch.randn(2, 19, 96, device=device)
+    given = {
+        "x": wide[:, :, 16:40],
+        "weight": torch.randn(4, 24, device=device).t(),
+        "bias": torch.randn(48, device=device)[::2],
+        "initial_state": torch.randn(2, 3, 24, device=device).transpose(1, 2),
+    }
+    check(given, torch.float32, activation="silu")
+    given["x"] = torch.randn(2, 24, 19, device=device).transpose(1, 2)
+    check(given, torch.float32, activation="silu")
+    leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
+    for backend in ("triton", "reference"):
+        y, _ = short_convolution(**leaves, backend=backend)
+        y.sum().backward()  # the cotangent has stride 0 everywhere
+    twice = {name: t.grad for name, t in leaves.items()}
+    for t in leaves.values():
+        t.grad = None
+    short_convolution(**leaves, backend="reference")[0].sum().backward()
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        torch.testing.assert_close(twice[name], 2 * leaf.grad, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_stood_in_memory_does_not_matter(
+    device: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(device, 1, 37, 24, 4, sequences=3 if packed else 1)
+    options = {"activation": "silu", "cu_seqlens": torch.tensor([0, 2, 2, 37], device=device) if packed else None}
+    clean = run(given, "triton", **options)
+    empty = torch.empty
+
+    def full_of_nan(*args: object, **kwargs: object) -> Tensor:
+        made = empty(*args, **kwargs)  # type: ignore[call-overload]
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", full_of_nan)
+    dirty = run(given, "triton", **options)
+    for name, value in clean.items():
+        assert torch.equal(value, dirty[name]), name
+
+
+def test_nothing_crosses_a_boundary_even_nan(device: str) -> None:
+    given = inputs(device, 1, 20, 24, 4)
+    del given["initial_state"]
+    given["x"][:, 4:7] = float("nan")
+    given["x"].requires_grad_()
+    ends = torch.tensor([0, 4, 7, 20], device=device)
+    y, _ = short_convolution(**given, activation="silu", cu_seqlens=ends, backend="triton")
+    dx = torch.autograd.grad(y, given["x"], torch.ones_like(y))[0]
+    for value in (y, dx):
+        assert bool(value[:, :4].isfinite().all())
+        assert bool(value[:, 7:].isfinite().all())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_the_custom_operators_keep_their_promises(device: str, packed: bool, full: bool) -> None:
+    given = inputs(device, 1, 9, 8, 4, sequences=2 if packed else 1)
+    leaves: list[Tensor | None] = [t.requires_grad_() for t in given.values()]
+    if not full:
+        leaves[2:] = [None, None]
+    ends = torch.tensor([0, 2, 9], device=device) if packed else None
+    torch.library.opcheck(torch.ops.zoo.short_convolution_fwd.default, (*leaves, ends, True))
+    outputs = torch.ops.zoo.short_convolution_fwd(*leaves, ends, True)
+    cotangents = [torch.randn_like(t) for t in outputs]
+    detached = [None if t is None else t.detach() for t in leaves]
+    torch.library.opcheck(torch.ops.zoo.short_convolution_bwd.default, (*cotangents, *detached, ends, True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_triton_path_compiles_into_one_graph(device: str, packed: bool) -> None:
+    given = inputs(device, 1, 13, 8, 4, sequences=3 if packed else 1)
+    ends = torch.tensor([0, 0, 6, 13], device=device) if packed else None
+
+    def f(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, ends: Tensor | None) -> tuple[Tensor, Tensor]:
+        return short_convolution(
+            x, weight, bias, activation="silu", initial_state=state, cu_seqlens=ends, backend="triton"
+        )
+
+    outcomes = []
+    for call in (f, torch.compile(f, backend="aot_eager", fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for t in given.values()]
+        y, final = call(*leaves, ends)
+        outcomes.append([y, final, *torch.autograd.grad(y.square().sum() + final.square().sum(), leaves)])
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_two_runs_give_the_same_bits(device: str) -> None:
+    given = inputs(device, 3, 130, 40, 4)
+    first, second = (run(given, "triton", activation="silu") for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_the_flop_counter_sees_the_operators(device: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    given = inputs(device, 2, 9, 8, 4)
+    leaves = {name: t.requires_grad_() for name, t in given.items()}
+    with FlopCounterMode(display=False) as counter:
+        y, _ = short_convolution(**leaves, backend="triton")
+        y.sum().backward()
+    assert counter.get_total_flops() == 3 * flops(2, 9, 8, 4)
+
+
+def test_what_the_kernels_do_not_serve_is_refused_in_words(device: str) -> None:
+    given = inputs(device, 1, 5, 8, 9)
+    with pytest.raises(BackendError, match="takes up to W=8 taps, weight has 9"):
+        short_convolution(**given, backend="triton")
+    given = inputs(device, 1, 0, 8, 4)
+    with pytest.raises(BackendError, match="x is empty"):
+        short_convolution(**given, backend="triton")
+    given = {name: t.double() for name, t in inputs(device, 1, 5, 8, 4).items()}
+    with pytest.raises(BackendError, match="the input is float64"):
+        short_convolution(**given, backend="triton")
+    x = inputs(device, 1, 5, 8, 4)["x"].requires_grad_()
+    y, _ = short_convolution(x, inputs(device, 1, 5, 8, 4)["weight"], backend="triton")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="backend='reference' for double backward"):
+        dx.sum().backward()

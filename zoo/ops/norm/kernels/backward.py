@@ -1,0 +1,84 @@
+"""Backward of the gated RMS norm; the statistics are computed again, not stored.
+
+With n the normalised value and g its gradient, the gradient of what was normalised is (g - n mean(g n)) / rms. Sums over
+rows for the weight are kept per program and added up afterwards, so that every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zoo.ops.norm.kernels.rows import as_rows, block_of
+
+PROGRAMS = 1024  # row ranges, times the groups
+
+
+@triton.jit
+def _norm_bwd(
+    dy_ptr, x_ptr, z_ptr, weight_ptr,  # [R,D] [R,D] [R,D] [D]
+    dx_ptr, dz_ptr, partial_ptr,  # -> [R,D], [R,D], [row ranges,D]
+    R, rows_per_program, groups, D, GROUP, eps, dy_stride_r, x_stride_r, z_stride_r,
+    HAS_GATE: tl.constexpr, NORM_FIRST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program owns one group of channels of a range of rows, and their share of the gradient of the weight."""
+    part = (tl.program_id(0) // groups).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    d = (tl.program_id(0) % groups) * GROUP + c
+    in_group = c < GROUP
+    weight = tl.load(weight_ptr + d, mask=in_group, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    first = part * rows_per_program
+    for row in range(first, tl.minimum(first + rows_per_program, R)):
+        row = row.to(tl.int64)
+        x = tl.load(x_ptr + row * x_stride_r + d, mask=in_group, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_stride_r + d, mask=in_group, other=0.0).to(tl.float32)
+        value = x
+        z, sigmoid, gate = x, x, x
+        if HAS_GATE:
+            z = tl.load(z_ptr + row * z_stride_r + d, mask=in_group, other=0.0).to(tl.float32)
+            sigmoid = tl.sigmoid(z)
+            gate = z * sigmoid
+            if not NORM_FIRST:
+                value = x * gate
+        scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / GROUP + eps)
+        normal = value * scale
+        dgate = dy * weight * normal  # used where the gate comes last
+        if HAS_GATE and NORM_FIRST:
+            dy = dy * gate
+        dweight += dy * normal
+        g = dy * weight
+        dvalue = (g - normal * (tl.sum(g * normal, axis=0) / GROUP)) * scale
+        if HAS_GATE:
+            if not NORM_FIRST:
+                dgate = dvalue * x
+                dvalue = dvalue * gate
+            dz = dgate * sigmoid * (1.0 + z * (1.0 - sigmoid))
+            tl.store(dz_ptr + row * D + d, dz.to(dz_ptr.dtype.element_ty), mask=in_group)
+        tl.store(dx_ptr + row * D + d, dvalue.to(dx_ptr.dtype.element_ty), mask=in_group)
+    tl.store(partial_ptr + part * D + d, dweight, mask=in_group)
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the kernel; arguments and results as those of the custom operator."""
+    channels = x.shape[-1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dz = x.new_empty(0) if z is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    cotangents, values = as_rows(dy), as_rows(x)
+    gates = values if z is None else as_rows(z)
+    rows, groups = values.shape[0], channels // group_size
+    rows_per_program = triton.cdiv(rows, PROGRAMS)
+    parts = triton.cdiv(rows, rows_per_program)
+    partial = torch.empty((parts, channels), dtype=torch.float32, device=x.device)
+    block, warps = block_of(group_size)
+    _norm_bwd[(parts * groups,)](
+        cotangents, values, gates, weight.contiguous(), dx, dz, partial,
+        rows, rows_per_program, groups, channels, group_size, eps,
+        cotangents.stride(0), values.stride(0), gates.stride(0),
+        HAS_GATE=z is not None, NORM_FIRST=norm_before_gate, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return dx, dz, partial.sum(0).to(weight.dtype)

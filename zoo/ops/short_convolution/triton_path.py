@@ -1,0 +1,114 @@
+"""Short convolution through the Triton kernels: two custom operators, their fakes, gradient and FLOP formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from zoo.ops.custom import refuse_higher_order
+
+
+def short_convolution_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    silu: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results of `short_convolution`, with silu for the activation; x is not empty."""
+    y, final_state = torch.ops.zoo.short_convolution_fwd(x, weight, bias, initial_state, cu_seqlens, silu)
+    return y, final_state
+
+
+@torch.library.custom_op("zoo::short_convolution_fwd", mutates_args=())
+def short_convolution_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """y [B,T,D] and the final state [S,D,W-1] (S = B without cu_seqlens), contiguous, in the dtype of x."""
+    from zoo.ops.short_convolution.kernels.forward import convolution_forward
+
+    return convolution_forward(x, weight, bias, initial_state, cu_seqlens, silu)
+
+
+@short_convolution_fwd.register_fake
+def _fwd_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), x.new_empty(sequences, x.shape[2], weight.shape[1] - 1)
+
+
+@torch.library.custom_op("zoo::short_convolution_bwd", mutates_args=())
+def short_convolution_bwd(
+    dy: Tensor,
+    dfinal: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and initial_state in their shapes and dtypes; [0] for one that did not come."""
+    from zoo.ops.short_convolution.kernels.backward import convolution_backward
+
+    return convolution_backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu)
+
+
+@short_convolution_bwd.register_fake
+def _bwd_fake(
+    dy: Tensor,
+    dfinal: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    dinitial = x.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dinitial
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, initial_state, cu_seqlens, ctx.silu = inputs
+    ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
+
+
+def _backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
+    dx, dweight, dbias, dinitial = torch.ops.zoo.short_convolution_bwd(
+        dy, dfinal, x, weight, bias, initial_state, cu_seqlens, ctx.silu
+    )
+    return dx, dweight, None if bias is None else dbias, None if initial_state is None else dinitial, None, None
+
+
+short_convolution_fwd.register_autograd(_backward, setup_context=_setup_context)
+refuse_higher_order(short_convolution_fwd, "short_convolution", has_gradient=True)
+refuse_higher_order(short_convolution_bwd, "short_convolution", has_gradient=False)
+
+
+@register_flop_formula(torch.ops.zoo.short_convolution_fwd, get_raw=True)  # type: ignore[untyped-decorator]
+def _fwd_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * x.numel() * weight.shape[1]
+
+
+@register_flop_formula(torch.ops.zoo.short_convolution_bwd, get_raw=True)  # type: ignore[untyped-decorator]
+def _bwd_flops(dy: Tensor, dfinal: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return 4 * x.numel() * weight.shape[1]  # of x and of the weight
