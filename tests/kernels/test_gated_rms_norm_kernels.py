@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from zoo.ops import gated_rms_norm
+from zoo.ops.norm import MAX_KERNEL_GROUP, triton_path
 
 from sequence_mixer.conformance.budget import judge
 from sequence_mixer.errors import BackendError
-from zoo.ops import gated_rms_norm
-from zoo.ops.norm import MAX_KERNEL_GROUP
 
 
 def inputs(device: str, shape: tuple[int, ...], gated: bool = True) -> list[Tensor]:
@@ -119,9 +119,9 @@ def test_what_stood_in_memory_does_not_matter(device: str, monkeypatch: pytest.M
 def test_the_custom_operators_keep_their_promises(device: str, norm_before_gate: bool, gated: bool) -> None:
     x, *gate, weight = (t.requires_grad_() for t in inputs(device, (3, 2, 12), gated))
     arguments = (x, gate[0] if gate else None, weight, 1e-5, 4, norm_before_gate)
-    torch.library.opcheck(torch.ops.zoo.gated_rms_norm_fwd.default, arguments)
+    torch.library.opcheck(triton_path.gated_rms_norm_fwd, arguments)
     detached = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
-    torch.library.opcheck(torch.ops.zoo.gated_rms_norm_bwd.default, (torch.randn_like(detached[0]), *detached))
+    torch.library.opcheck(triton_path.gated_rms_norm_bwd, (torch.randn_like(detached[0]), *detached))
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from zoo.ops import short_convolution
+from zoo.ops.short_convolution import flops, triton_path
 
 from sequence_mixer.conformance.budget import judge
 from sequence_mixer.errors import BackendError
-from zoo.ops import short_convolution
-from zoo.ops.short_convolution import flops
 
 NAMES = ("x", "weight", "bias", "initial_state")
 PACKINGS = [[0, 1, 1, 3, 13, 17, 17, 45], [0, 0, 2, 2], [0, 23], [0, 0, 129]]
@@ -161,11 +161,11 @@ def test_the_custom_operators_keep_their_promises(device: str, packed: bool, ful
     if not full:
         leaves[2:] = [None, None]
     ends = torch.tensor([0, 2, 9], device=device) if packed else None
-    torch.library.opcheck(torch.ops.zoo.short_convolution_fwd.default, (*leaves, ends, True))
-    outputs = torch.ops.zoo.short_convolution_fwd(*leaves, ends, True)
+    torch.library.opcheck(triton_path.short_convolution_fwd, (*leaves, ends, True))
+    outputs = triton_path.short_convolution_fwd(*leaves, ends, True)
     cotangents = [torch.randn_like(t) for t in outputs]
     detached = [None if t is None else t.detach() for t in leaves]
-    torch.library.opcheck(torch.ops.zoo.short_convolution_bwd.default, (*cotangents, *detached, ends, True))
+    torch.library.opcheck(triton_path.short_convolution_bwd, (*cotangents, *detached, ends, True))
 
 
 @pytest.mark.parametrize("packed", [False, True])

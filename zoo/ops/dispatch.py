@@ -7,7 +7,6 @@ name: "reference", "chunked", "fft", "triton", or a user's own), and the choice 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from sequence_mixer.errors import BackendError, suggest
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton's interpreter serves CPU tensors too
 FLOATING = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -62,6 +62,7 @@ class Implementation:
     fn: Callable[..., Any]
     refuses: Callable[..., str | None] | None
     priority: int
+    missing: tuple[str, ...]  # packages of spec.needs that cannot be imported; asked once: a compiler cannot trace it
 
 
 @dataclass
@@ -98,7 +99,8 @@ def register_backend(
     known = _implementations.setdefault(op, [])
     if any(entry.spec.name == spec.name for entry in known):
         raise BackendError(f"operator {op!r} already has a backend named {spec.name!r}; choose another name")
-    known.append(Implementation(spec, fn, refuses, priority))
+    missing = tuple(package for package in spec.needs if importlib.util.find_spec(package) is None)
+    known.append(Implementation(spec, fn, refuses, priority, missing))
     known.sort(key=lambda entry: -entry.priority)
 
 
@@ -146,10 +148,9 @@ def why_not(
     """Reason why `entry` cannot serve a call on `device` in `dtype`, or None if it can."""
     spec = entry.spec
     dtype_name = str(dtype).removeprefix("torch.")
-    for package in spec.needs:
-        if not has_package(package):
-            return f"needs the package {package!r}, which is not installed"
-    interpreted = device == "cpu" and "triton" in spec.needs and interpreting()
+    if entry.missing:
+        return f"needs the package {entry.missing[0]!r}, which is not installed"
+    interpreted = device == "cpu" and "triton" in spec.needs and INTERPRETING
     if "*" not in spec.devices and device not in spec.devices and not interpreted:
         return f"runs on {', '.join(spec.devices)}, the input is on {device}"
     if dtype_name not in spec.dtypes:
@@ -157,18 +158,6 @@ def why_not(
     if training and not spec.training:
         return "has no gradient, and an input requires one"
     return entry.refuses(**facts) if entry.refuses is not None else None
-
-
-@functools.cache
-def has_package(name: str) -> bool:
-    """True if `name` can be imported; nothing is imported to find out."""
-    return importlib.util.find_spec(name) is not None
-
-
-@functools.cache
-def interpreting() -> bool:
-    """True if Triton kernels run in its interpreter (TRITON_INTERPRET=1), which serves CPU tensors too."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @contextlib.contextmanager

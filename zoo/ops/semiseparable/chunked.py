@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from zoo.ops.semiseparable.cost import CHUNK
 from zoo.ops.semiseparable.recurrence import one_token
 
 BLOCK = 16  # chunk states combined by one matrix product of the scan over chunks
+GRAIN = 2.0**-10  # sums of CHUNK decays down to the underflow of float32 are exact in multiples of it
 
 
 def semiseparable_chunked(
@@ -61,10 +63,10 @@ def scan(
         a_RCGJK = values.new_zeros(1, 1, 1, 1, layout.chunk)
     else:
         a_RCGJK = layout.split(log_decay).unflatten(3, (groups, -1)).movedim(2, 4)
-    sums, cuts = cumulative(a_RCGJK)
-    within = transition(sums, cuts)  # [R,C,G,J,K,K]
-    from_start = from_first(sums, cuts).exp()
-    whole = from_first(sums, cuts)[..., -1]  # [R,C,G,J] log decay over a whole chunk
+    sums = cumulative(a_RCGJK)
+    within = transition(sums)  # [R,C,G,J,K,K]
+    reach = from_first(sums)
+    whole = reach[..., -1]  # [R,C,G,J] log decay over a whole chunk
 
     scores = (q_RCGKN @ k_RCGKN.mT).unsqueeze(3) * within
     y_RCGJKP = scores @ v_RCGJKP
@@ -77,7 +79,7 @@ def scan(
     whole = whole.expand(added.shape[:4])
     entering = enter(added, whole, states, layout)
     read = (entering.flatten(3, 4) @ q_RCGKN.mT).unflatten(3, (-1, channels)).mT
-    y_RCGJKP = y_RCGJKP + read * from_start.unsqueeze(-1)
+    y_RCGJKP = y_RCGJKP + read * reach.exp().unsqueeze(-1)
     y = layout.join(y_RCGJKP.movedim(4, 2).flatten(3, 4))
 
     final = layout.last(whole).exp()[..., None, None] * layout.last(entering) + layout.last(added)
@@ -92,37 +94,49 @@ def log_of_zero(dtype: torch.dtype) -> float:
     return -746.0 if dtype == torch.float64 else -104.0
 
 
-def cumulative(log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """Inclusive sums of the log decays [..., K] without those that underflow, and how many of these came so far.
+class Sums(NamedTuple):
+    """Inclusive sums [..., K] of log decays, in two parts so that differences of large sums lose no digits.
 
-    Leaving them out keeps the sums small and finite; the counts say which pairs have a factor of 0 between them.
+    coarse: sums of the decays rounded down to multiples of GRAIN, exact in float32. fine: sums of what was rounded off.
+    cuts: how many decays so far underflow; these are left out of the sums, which so stay finite.
     """
+
+    coarse: Tensor
+    fine: Tensor
+    cuts: Tensor
+
+
+def cumulative(log_decay: Tensor) -> Sums:
+    """Sums over the last axis of log decays [..., K], K <= CHUNK. Gradients pass through the fine part."""
     cut = log_decay < log_of_zero(log_decay.dtype)
-    return log_decay.masked_fill(cut, 0.0).cumsum(-1), cut.long().cumsum(-1)
+    kept = log_decay.masked_fill(cut, 0.0)
+    coarse = (kept.detach() / GRAIN).floor() * GRAIN
+    return Sums(coarse.cumsum(-1), (kept - coarse).cumsum(-1), cut.long().cumsum(-1))
 
 
-def transition(sums: Tensor, cuts: Tensor) -> Tensor:
+def transition(sums: Sums) -> Tensor:
     """Decay from j to i, product of the factors j+1..i: lower triangular [..., K, K]; masked before the exponential."""
-    steps = torch.arange(sums.shape[-1], device=sums.device)
-    linked = (cuts.unsqueeze(-1) == cuts.unsqueeze(-2)) & (steps.unsqueeze(-1) >= steps)
-    return (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(~linked, -torch.inf).exp()
+    steps = torch.arange(sums.cuts.shape[-1], device=sums.cuts.device)
+    linked = (sums.cuts.unsqueeze(-1) == sums.cuts.unsqueeze(-2)) & (steps.unsqueeze(-1) >= steps)
+    coarse, fine = (part.unsqueeze(-1) - part.unsqueeze(-2) for part in (sums.coarse, sums.fine))
+    return (coarse + fine).masked_fill(~linked, -torch.inf).exp()
 
 
-def from_first(sums: Tensor, cuts: Tensor) -> Tensor:
+def from_first(sums: Sums) -> Tensor:
     """Log decay from before the first position to i, [..., K]; -inf where a factor is 0."""
-    return sums.masked_fill(cuts > 0, -torch.inf)
+    return (sums.coarse + sums.fine).masked_fill(sums.cuts > 0, -torch.inf)
 
 
 def accumulate(added: Tensor, log_decay: Tensor) -> Tensor:
     """e_c = exp(log_decay_c) e_{c-1} + added_c along the second to last axis. added [..., C, F], log_decay [..., C]."""
     steps = added.shape[-2]
     if steps <= 2 * BLOCK:
-        return transition(*cumulative(log_decay)) @ added
+        return transition(cumulative(log_decay)) @ added
     blocks = -(-steps // BLOCK)
     added = F.pad(added, (0, 0, 0, blocks * BLOCK - steps)).unflatten(-2, (blocks, BLOCK))
-    sums, cuts = cumulative(F.pad(log_decay, (0, blocks * BLOCK - steps)).unflatten(-1, (blocks, BLOCK)))
-    inside = transition(sums, cuts) @ added
-    reach = from_first(sums, cuts)
+    sums = cumulative(F.pad(log_decay, (0, blocks * BLOCK - steps)).unflatten(-1, (blocks, BLOCK)))
+    inside = transition(sums) @ added
+    reach = from_first(sums)
     leaving = accumulate(inside[..., -1, :], reach[..., -1])
     entering = F.pad(leaving[..., :-1, :], (0, 0, 1, 0))
     total = inside + reach.exp().unsqueeze(-1) * entering.unsqueeze(-2)

@@ -5,9 +5,7 @@ from __future__ import annotations
 CHUNK = 64
 
 
-def flops(
-    batch: int, tokens: int, heads: int, groups: int, state: int, channels: int, *, chunk: int = CHUNK
-) -> int:
+def flops(batch: int, tokens: int, heads: int, groups: int, state: int, channels: int, *, chunk: int = CHUNK) -> int:
     """FLOPs of the forward, 2 per multiply-add: 2 B T (K N G + K P H + 2 N P H) with K = min(chunk, T).
 
     One token (T = 1) is the plain recurrence, whose products are the outer product and the read-out.

@@ -134,6 +134,12 @@ def _forward_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: 
 
 @register_flop_formula(torch.ops.zoo.semiseparable_backward)
 def _backward_flops(
-    dy: Sequence[int], dfinal: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kw: Any
+    dy: Sequence[int],
+    dfinal: Sequence[int],
+    q: Sequence[int],
+    k: Sequence[int],
+    v: Sequence[int],
+    *args: Any,
+    **kw: Any,
 ) -> int:
     return backward_flops(v[0], v[1], v[2], q[2], q[3], v[3])

@@ -30,9 +30,8 @@ def _norm_bwd(
     in_group = c < GROUP
     weight = tl.load(weight_ptr + d, mask=in_group, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK], tl.float32)
-    first = part * rows_per_program
+    first = part * rows_per_program  # int64, and so is every row
     for row in range(first, tl.minimum(first + rows_per_program, R)):
-        row = row.to(tl.int64)
         x = tl.load(x_ptr + row * x_stride_r + d, mask=in_group, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * dy_stride_r + d, mask=in_group, other=0.0).to(tl.float32)
         value = x

@@ -8,6 +8,7 @@ import triton.language as tl
 from zoo.ops.kernels.primitives import INTERPRETED
 
 CUT = tl.constexpr(-104.0)  # a log decay below this one is a factor of exactly 0 in float32
+GRAIN = tl.constexpr(2.0**-10)  # sums of a chunk's decays are exact in multiples of it
 
 
 @triton.jit
@@ -17,12 +18,12 @@ def product(a, b, OPERAND: tl.constexpr):
     float16 inputs come with OPERAND float16 too, but are multiplied as TF32, which holds every float16 value and the
     range of states and decayed scores that float16 does not have.
     """
-    if OPERAND == tl.bfloat16:
+    if tl.bfloat16 == OPERAND:
         if INTERPRETED:  # the interpreter cannot multiply bfloat16
             result = tl.dot(a.to(OPERAND).to(tl.float32), b.to(OPERAND).to(tl.float32), input_precision="ieee")
         else:
             result = tl.dot(a.to(OPERAND), b.to(OPERAND))
-    elif OPERAND == tl.float16:
+    elif tl.float16 == OPERAND:
         result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32")
     else:
         result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -55,47 +56,51 @@ def load_tokens(ptr, t, stride_t, column, in_seq, in_width):
 
 @triton.jit
 def chunk_decay(a_ptr, t, head, in_seq, H: tl.constexpr, HAS_DECAY: tl.constexpr, CHUNK: tl.constexpr):
-    """Inclusive sums of the log decays [CHUNK] without those that underflow, which of these are so, their running count."""
+    """Inclusive sums [CHUNK] of log decays: coarse (multiples of GRAIN, exact) and fine parts, without the decays that
+    underflow; and how many of those there are so far."""
     if HAS_DECAY:
         a = tl.load(a_ptr + t * H + head, mask=in_seq, other=0.0)
         cut = a < CUT
-        sums = tl.cumsum(tl.where(cut, 0.0, a), axis=0)
+        a = tl.where(cut, 0.0, a)
+        grains = tl.floor(a * (1.0 / GRAIN))
+        coarse = tl.cumsum(grains, axis=0) * GRAIN
+        fine = tl.cumsum(a - grains * GRAIN, axis=0)
         cuts = tl.cumsum(cut.to(tl.int32), axis=0)
     else:
-        sums = tl.zeros([CHUNK], tl.float32)
+        coarse = tl.zeros([CHUNK], tl.float32)
+        fine = tl.zeros([CHUNK], tl.float32)
         cuts = tl.zeros([CHUNK], tl.int32)
-        cut = cuts > 0
-    return sums, cut, cuts
+    return coarse, fine, cuts
 
 
 @triton.jit
-def last_decay(sums, cuts, step, CHUNK: tl.constexpr):
-    """Sum at the end of the chunk and the number of zero factors in it; `sums` at the last step, not a second sum."""
-    at_end = step == CHUNK - 1
-    return tl.sum(tl.where(at_end, sums, 0.0), axis=0), tl.sum(tl.where(at_end, cuts, 0), axis=0)
+def at_end(values, step, CHUNK: tl.constexpr):
+    """The last element of [CHUNK]."""
+    return tl.sum(tl.where(step == CHUNK - 1, values, 0), axis=0)
 
 
 @triton.jit
-def decay_to(sums, cuts, sum_end, cuts_end):
+def decay_to_end(coarse, fine, cuts, step, CHUNK: tl.constexpr):
     """Factor [CHUNK] from each token to the end of the chunk; masked before the exponential."""
-    return tl.exp(tl.where(cuts == cuts_end, sum_end - sums, float("-inf")))
+    difference = (at_end(coarse, step, CHUNK) - coarse) + (at_end(fine, step, CHUNK) - fine)
+    return tl.exp(tl.where(cuts == at_end(cuts, step, CHUNK), difference, float("-inf")))
 
 
 @triton.jit
-def decay_from_start(sums, cuts):
-    """Factor from before the chunk to each token; 0 after a zero factor."""
-    return tl.exp(tl.where(cuts == 0, sums, float("-inf")))
+def decay_from_start(coarse, fine, cuts):
+    """Factor [CHUNK] from before the chunk to each token; 0 after a zero factor."""
+    return tl.exp(tl.where(cuts == 0, coarse + fine, float("-inf")))
 
 
 @triton.jit
-def pair_decay(sums, cuts, step, HAS_DECAY: tl.constexpr, TRANSPOSED: tl.constexpr):
+def pair_decay(coarse, fine, cuts, step, HAS_DECAY: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Factor from token j to token i >= j, [i,j] or, if TRANSPOSED, [j,i]; 0 above the diagonal and across a cut."""
     if TRANSPOSED:
         causal = step[None, :] >= step[:, None]
-        difference = sums[None, :] - sums[:, None]
+        difference = (coarse[None, :] - coarse[:, None]) + (fine[None, :] - fine[:, None])
     else:
         causal = step[:, None] >= step[None, :]
-        difference = sums[:, None] - sums[None, :]
+        difference = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     if HAS_DECAY:
         linked = causal & (cuts[:, None] == cuts[None, :])
         factor = tl.exp(tl.where(linked, difference, float("-inf")))

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 
 from zoo.ops.semiseparable.kernels.decay import (
+    at_end,
     chunk_decay,
     decay_from_start,
-    decay_to,
-    last_decay,
+    decay_to_end,
     load_scale,
     load_tokens,
     pair_decay,
@@ -18,7 +18,7 @@ from zoo.ops.semiseparable.kernels.decay import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr,  # [BT,G,N] [BT,G,N] [BT,H,P]
     a_ptr, scale_ptr,  # [BT,H] float32, contiguous
@@ -51,20 +51,21 @@ def forward_kernel(
     for chunk in range(0, ((end - start + CHUNK - 1) // CHUNK).to(tl.int32)):
         t = start + chunk * CHUNK + step
         in_seq = t < end
-        sums, _, cuts = chunk_decay(a_ptr, t, head, in_seq, H, HAS_DECAY, CHUNK)
-        sum_end, cuts_end = last_decay(sums, cuts, step, CHUNK)
+        coarse, fine, cuts = chunk_decay(a_ptr, t, head, in_seq, H, HAS_DECAY, CHUNK)
         scale = load_scale(scale_ptr, t, head, in_seq, H, HAS_SCALE, CHUNK)
         q = load_tokens(q_ptr, t, q_stride_t, n, in_seq, in_n)  # [CHUNK, BLOCK_N]
         k = load_tokens(k_ptr, t, k_stride_t, n, in_seq, in_n)  # [CHUNK, BLOCK_N]
         v = load_tokens(v_ptr, t, v_stride_t, p, in_seq, in_p)  # [CHUNK, BLOCK_P]
 
-        scores = product(q, tl.trans(k), OPERAND) * pair_decay(sums, cuts, step, HAS_DECAY, False) * scale[None, :]
-        y = product(q, state, OPERAND) * decay_from_start(sums, cuts)[:, None]
+        scores = (
+            product(q, tl.trans(k), OPERAND) * pair_decay(coarse, fine, cuts, step, HAS_DECAY, False) * scale[None, :]
+        )
+        y = product(q, state, OPERAND) * decay_from_start(coarse, fine, cuts)[:, None]
         y += product(scores, v, OPERAND)
         y_at = (t * H + head)[:, None] * P + p[None, :]
         tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=in_seq[:, None] & in_p[None, :])
 
-        to_end = decay_to(sums, cuts, sum_end, cuts_end) * scale
-        whole = tl.where(cuts_end == 0, tl.exp(sum_end), 0.0)
+        to_end = decay_to_end(coarse, fine, cuts, step, CHUNK) * scale
+        whole = at_end(decay_from_start(coarse, fine, cuts), step, CHUNK)
         state = state * whole + product(tl.trans(k), v * to_end[:, None], OPERAND)
     tl.store(final_ptr + state_at, state, mask=in_state)

@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 
 from zoo.ops.semiseparable.kernels.decay import (
+    CUT,
+    at_end,
     chunk_decay,
     decay_from_start,
-    decay_to,
-    last_decay,
+    decay_to_end,
     load_scale,
     load_tokens,
     pair_decay,
@@ -31,7 +32,7 @@ def chunk_of(owner_ptr, cu_ptr, T, H: tl.constexpr, CHUNK: tl.constexpr, PACKED:
     return slot, head, start + (slot - first_slot) * CHUNK, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def value_gradient_kernel(
     q_ptr, k_ptr, v_ptr, dy_ptr,  # [BT,G,N] [BT,G,N] [BT,H,P] [BT,H,P]
     a_ptr, scale_ptr, cu_ptr, owner_ptr,  # [BT,H] [BT,H] float32; int [S+1]; int64 [slots], sequence of a slot
@@ -50,13 +51,12 @@ def value_gradient_kernel(
         t = first + step
         in_seq = t < end
         in_n = n < N
-        sums, _, cuts = chunk_decay(a_ptr, t, head, in_seq, H, HAS_DECAY, CHUNK)
-        sum_end, cuts_end = last_decay(sums, cuts, step, CHUNK)
-        to_end = decay_to(sums, cuts, sum_end, cuts_end)
+        coarse, fine, cuts = chunk_decay(a_ptr, t, head, in_seq, H, HAS_DECAY, CHUNK)
+        to_end = decay_to_end(coarse, fine, cuts, step, CHUNK)
         scale = load_scale(scale_ptr, t, head, in_seq, H, HAS_SCALE, CHUNK)
         q = load_tokens(q_ptr + head // J * q_stride_g, t, q_stride_t, n, in_seq, in_n)  # [CHUNK, BLOCK_N]
         k = load_tokens(k_ptr + head // J * k_stride_g, t, k_stride_t, n, in_seq, in_n)  # [CHUNK, BLOCK_N]
-        scores = product(k, tl.trans(q), OPERAND) * pair_decay(sums, cuts, step, HAS_DECAY, True)  # [j, i]
+        scores = product(k, tl.trans(q), OPERAND) * pair_decay(coarse, fine, cuts, step, HAS_DECAY, True)  # [j, i]
         dscale = tl.zeros([CHUNK], tl.float32)
         for block in range(0, (P + BLOCK_P - 1) // BLOCK_P):
             p = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -75,7 +75,7 @@ def value_gradient_kernel(
             tl.store(dscale_ptr + t * H + head, dscale, mask=in_seq)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, dy_ptr,  # [BT,G,N] [BT,G,N] [BT,H,P] [BT,H,P]
     a_ptr, scale_ptr, cu_ptr, owner_ptr,  # [BT,H] [BT,H] float32; int [S+1]; int64 [slots]
@@ -100,8 +100,7 @@ def key_gradient_kernel(
         in_n = n < N
         store = in_seq[:, None] & in_n[None, :]
         grad_at = (t * H + head)[:, None] * N + n[None, :]
-        sums, cut, cuts = chunk_decay(a_ptr, t, head, in_seq, H, HAS_DECAY, CHUNK)
-        sum_end, cuts_end = last_decay(sums, cuts, step, CHUNK)
+        coarse, fine, cuts = chunk_decay(a_ptr, t, head, in_seq, H, HAS_DECAY, CHUNK)
         scale = load_scale(scale_ptr, t, head, in_seq, H, HAS_SCALE, CHUNK)
         q = load_tokens(q_ptr + head // J * q_stride_g, t, q_stride_t, n, in_seq, in_n)  # [CHUNK, BLOCK_N]
         k = load_tokens(k_ptr + head // J * k_stride_g, t, k_stride_t, n, in_seq, in_n)  # [CHUNK, BLOCK_N]
@@ -121,13 +120,13 @@ def key_gradient_kernel(
             dscores += product(dy, tl.trans(v), OPERAND)
             dq += product(dy, tl.trans(entering), OPERAND)
             kept += tl.sum(entering * leaving, axis=1)
-        dq *= decay_from_start(sums, cuts)[:, None]
-        dscores *= pair_decay(sums, cuts, step, HAS_DECAY, False) * scale[None, :]
+        dq *= decay_from_start(coarse, fine, cuts)[:, None]
+        dscores *= pair_decay(coarse, fine, cuts, step, HAS_DECAY, False) * scale[None, :]
         if HAS_DECAY:
             pairs = dscores * product(q, tl.trans(k), OPERAND)
             crossing = tl.cumsum(tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0), axis=0, reverse=True)
             crossing += tl.cumsum(tl.sum(dq * q.to(tl.float32), axis=1), axis=0, reverse=True)
-            crossing += tl.sum(kept, axis=0) * tl.where(cuts_end == 0, tl.exp(sum_end), 0.0)
+            crossing += tl.sum(kept, axis=0) * at_end(decay_from_start(coarse, fine, cuts), step, CHUNK)
         dq += product(dscores, k, OPERAND)
         tl.store(dq_ptr + grad_at, dq, mask=store)
 
@@ -142,11 +141,12 @@ def key_gradient_kernel(
             leaving = tl.load(leaving_ptr + state_at, mask=in_n[:, None] & in_p[None, :], other=0.0)
             dscores += product(v, tl.trans(dy), OPERAND)
             dk += product(v, tl.trans(leaving), OPERAND)
-        dk *= (decay_to(sums, cuts, sum_end, cuts_end) * scale)[:, None]
+        dk *= (decay_to_end(coarse, fine, cuts, step, CHUNK) * scale)[:, None]
         if HAS_DECAY:
             carried = tl.sum(dk * k.to(tl.float32), axis=1)
             crossing += tl.cumsum(carried, axis=0) - carried
-            tl.store(da_ptr + t * H + head, tl.where(cut, 0.0, crossing), mask=in_seq)
-        dscores *= pair_decay(sums, cuts, step, HAS_DECAY, True) * scale[:, None]
+            is_cut = tl.load(a_ptr + t * H + head, mask=in_seq, other=0.0) < CUT  # a factor of 0 stays 0
+            tl.store(da_ptr + t * H + head, tl.where(is_cut, 0.0, crossing), mask=in_seq)
+        dscores *= pair_decay(coarse, fine, cuts, step, HAS_DECAY, True) * scale[:, None]
         dk += product(dscores, q, OPERAND)
         tl.store(dk_ptr + grad_at, dk, mask=store)

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 
 from zoo.ops.semiseparable.kernels.decay import (
+    at_end,
     chunk_decay,
     decay_from_start,
-    decay_to,
-    last_decay,
+    decay_to_end,
     load_scale,
     load_tokens,
     product,
@@ -17,7 +17,7 @@ from zoo.ops.semiseparable.kernels.decay import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def states_kernel(
     left_ptr, right_ptr,  # [BT,G,N] [BT,H,P]: k and v, or q and dy in reverse
     a_ptr, scale_ptr,  # [BT,H] float32, contiguous
@@ -61,16 +61,15 @@ def states_kernel(
         tl.store(states_ptr + state_at, state, mask=in_state)
         t = start + chunk * CHUNK + step
         in_seq = t < end
-        sums, _, cuts = chunk_decay(a_ptr, t, head, in_seq, H, HAS_DECAY, CHUNK)
-        sum_end, cuts_end = last_decay(sums, cuts, step, CHUNK)
+        coarse, fine, cuts = chunk_decay(a_ptr, t, head, in_seq, H, HAS_DECAY, CHUNK)
         if REVERSE:
-            weight = decay_from_start(sums, cuts)
+            weight = decay_from_start(coarse, fine, cuts)
         else:
-            weight = decay_to(sums, cuts, sum_end, cuts_end)
+            weight = decay_to_end(coarse, fine, cuts, step, CHUNK)
             weight *= load_scale(scale_ptr, t, head, in_seq, H, HAS_SCALE, CHUNK)
         left = load_tokens(left_ptr, t, left_stride_t, n, in_seq, in_n)  # [CHUNK, BLOCK_N]
         right = load_tokens(right_ptr, t, right_stride_t, p, in_seq, in_p)  # [CHUNK, BLOCK_P]
-        whole = tl.where(cuts_end == 0, tl.exp(sum_end), 0.0)
+        whole = at_end(decay_from_start(coarse, fine, cuts), step, CHUNK)
         state = state * whole + product(tl.trans(left), right * weight[:, None], OPERAND)
     if STORE_LAST:
         tl.store(last_ptr + ends_at, state, mask=in_state)

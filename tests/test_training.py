@@ -1,0 +1,530 @@
+"""Training on bytes: what is learnt, what is refused, and what an interruption may not change."""
+
+import email
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from zoo.models import LanguageModel
+from zoo.models.generation import generate_bytes
+from zoo.tasks.text_corpus import Corpus, CorpusError, load_corpus
+from zoo.training import TrainConfig, TrainingError, train_language_model
+from zoo.training.checkpoint import CheckpointError, checkpoint_steps
+from zoo.training.optimiser import grouped_parameters, learning_rate, make_optimiser, set_learning_rate
+from zoo.training.run_model import load_run
+
+from installed_mixers import small  # noqa: F401
+from sequence_mixer.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("small")
+
+
+TEXT = str(Path(email.__file__).parent)  # some twenty files that nobody edits while the tests run
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def config_of(**fields: Any) -> TrainConfig:
+    fields = {**_SMALL, **fields}
+    return TrainConfig.of(**fields)
+
+
+_SMALL: dict[str, Any] = {
+    "model": {"d_model": 32, "layers": "small_decay*2", "dropout": 0.1}, "context": 32, "batch_size": 4, "steps": 12,
+    "warmup_steps": 4, "learning_rate": 1e-2, "eval_every": 5, "eval_windows": 8, "checkpoint_every": 4,
+    "device": "cpu", "corpus": TEXT,
+}  # fmt: skip
+
+
+def parameters_of(folder: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint_steps(folder / "checkpoints")[-1]
+    return load_file(folder / "checkpoints" / f"step-{newest:08d}" / "model.safetensors")
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    """Parameters and everything but times in the metrics are the same bit for bit."""
+    runs = [json.loads((folder / "run.json").read_text()) for folder in (first, second)]
+    assert runs[0] == runs[1]  # the same config and text, or there is nothing to compare
+    ours, theirs = parameters_of(first), parameters_of(second)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    assert metrics_of(first) == metrics_of(second)
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+class Stopped(Exception):
+    """Raised by a test in the middle of a run."""
+
+
+def stop_at(step: int) -> Any:
+    def on_step(report: Any) -> None:
+        if report.step == step:
+            raise Stopped
+
+    return on_step
+
+
+class TestCorpus:
+    def test_the_standard_library_is_there_without_tests_and_packages(self) -> None:
+        corpus = load_corpus()
+        assert corpus.train.numel() > 2_000_000
+        assert 0.03 < corpus.held_out_files / (corpus.train_files + corpus.held_out_files) < 0.2
+        assert load_corpus().fingerprint == corpus.fingerprint
+        assert b"class JSONDecoder" in bytes(corpus.train.numpy()) + bytes(corpus.held_out.numpy())
+
+    def test_files_keep_their_side_when_others_come(self, tmp_path: Path) -> None:
+        for index in range(60):
+            (tmp_path / f"{index}.txt").write_text(f"<{index}>" * 9)
+        before = load_corpus(tmp_path, held_out=0.3)
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "more.txt").write_text("<more>")
+        after = load_corpus(tmp_path, held_out=0.3)
+        assert before.fingerprint != after.fingerprint
+        assert set(bytes(before.held_out.tolist()).split(b"\0")) <= set(bytes(after.held_out.tolist()).split(b"\0"))
+        assert not set(bytes(after.train.tolist()).split(b"\0")) & set(bytes(after.held_out.tolist()).split(b"\0"))
+        assert before.held_out_files >= 9
+
+    def test_hidden_files_other_names_and_links_in_circles_are_left_out(self, tmp_path: Path) -> None:
+        for name in (".hidden/a.md", "a.md", "b.md", "c.txt", ".d.md", "site-packages/e.md"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(name * 3)
+        (tmp_path / "again").symlink_to(tmp_path)
+        corpus = load_corpus(tmp_path, files="*.md")
+        assert (corpus.train_files, corpus.held_out_files) == (1, 1)
+
+    def test_one_file_is_split_by_bytes(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(bytes(range(200)))
+        corpus = load_corpus(tmp_path / "a", held_out=0.25)
+        assert (corpus.train.tolist(), corpus.held_out.tolist()) == (list(range(150)), list(range(150, 200)))
+
+    def test_windows_stay_inside_and_reach_both_ends(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(bytes(range(100)))
+        corpus = load_corpus(tmp_path / "a", held_out=0.4)
+        batch = corpus.train_batch(2000, 9, torch.Generator().manual_seed(0))
+        assert batch.shape == (2000, 10)
+        assert (int(batch.min()), int(batch.max())) == (0, 59)
+        windows = corpus.held_out_windows(3, 9)
+        assert windows[:, 0].tolist() == [60, 75, 90]
+        assert corpus.held_out_windows(99, 9).shape == (4, 10)
+        assert corpus.held_out_windows(1, 39).shape == (1, 40)
+
+    @pytest.mark.parametrize(
+        ("name", "told"),
+        [("absent", "no corpus at"), ("none", "is empty: no file matches '*'"), ("blank", "all of them empty"),
+         ("blank/a", "is empty"), ("short", "too small: its held-out part has")],
+    )  # fmt: skip
+    def test_unfit_corpus_is_told_in_words(self, tmp_path: Path, name: str, told: str) -> None:
+        (tmp_path / "none").mkdir()
+        (tmp_path / "blank").mkdir()
+        (tmp_path / "blank" / "a").touch()
+        (tmp_path / "short").write_text("word " * 20)
+        with pytest.raises(CorpusError, match=re.escape(told)):
+            train_language_model(config_of(corpus=str(tmp_path / name)), out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+class TestConfig:
+    def test_keys_of_the_model_may_stand_at_the_top(self) -> None:
+        nested = TrainConfig.of(model={"d_model": 32, "layers": "slow", "mixers": {"slow": {"name": "small_mean"}}})
+        flat = TrainConfig.of(d_model=32, layers="slow", mixers={"slow": {"name": "small_mean"}})
+        assert nested == flat
+
+    @pytest.mark.parametrize(
+        ("fields", "told"),
+        [
+            ({"contxt": 3}, "unknown key 'contxt'; did you mean context?"),
+            ({"model": {"d_model": 32, "layers": "small_mean", "mpl_ratio": 1}}, "did you mean mlp_ratio?"),
+            ({"steps": "many"}, "steps='many'"),
+            ({"steps": 0}, "steps=0"),
+            ({"dtype": "float16"}, "dtype='float16'"),
+            ({"learning_rate": math.inf}, "learning_rate=inf"),
+            ({"model": {"d_model": 32, "layers": "small_mean", "vocab_size": 99}}, "vocab_size=99"),
+            (
+                {"model": {"d_model": 32, "layers": [{"name": "small_mean", "causal": False}]}},
+                "(small_mean) is not causal",
+            ),
+            (
+                {"model": {"d_model": 32, "layers": [{"name": "small_mean", "max_length": 31}]}},
+                "layer 0 (small_mean) has max_length=31, the context has 32 tokens",
+            ),
+        ],
+    )
+    def test_mistake_is_told_in_words(self, fields: dict[str, Any], told: str) -> None:
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            config_of(**fields)
+
+    @pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta"])
+    def test_device_that_cannot_be_used_is_told_in_words(self, device: str) -> None:
+        with pytest.raises(ConfigError, match=f"device='{device}'"):
+            config_of(device=device).on_device()
+
+
+class TestOptimiser:
+    def test_learning_rate_rises_then_falls_to_its_last_share(self) -> None:
+        config = config_of(steps=100, warmup_steps=10, learning_rate=1.0, final_lr_ratio=0.2)
+        rates = [learning_rate(config, step) for step in range(1, 101)]
+        assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+        assert all(later < earlier for earlier, later in itertools.pairwise(rates[9:]))
+        assert rates[54] == pytest.approx(0.6)
+        assert rates[-1] == pytest.approx(0.2)
+
+    def test_groups_honour_hints_and_spare_vectors_and_embeddings(self) -> None:
+        model = LanguageModel(config_of().model)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        of = {
+            names[parameter]: (group["weight_decay"], group["lr_scale"])
+            for group in grouped_parameters(model, 0.3)
+            for parameter in group["params"]  # type: ignore[attr-defined]
+        }
+        assert of["layers.0.mixer.into.weight"] == (0.0, 0.5)
+        assert of["layers.1.mixer.out.weight"] == (0.3, 1.0)
+        assert of["layers.0.mixer.into.bias"] == of["embedding.weight"] == of["norm.weight"] == (0.0, 1.0)
+        assert of["layers.0.mlp.out.weight"] == (0.3, 1.0)
+        assert len(of) == len(names)
+
+    def test_steps_are_as_long_as_the_hints_say(self) -> None:
+        config = config_of(weight_decay=0.0)
+        model = LanguageModel(config.model)
+        optimiser = make_optimiser(model, config)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        set_learning_rate(optimiser, 0.01)
+        optimiser.step()
+        moved = {name: (before[name] - p).abs().max().item() for name, p in model.named_parameters()}
+        assert moved["layers.0.mixer.into.weight"] == pytest.approx(0.005, rel=1e-3)
+        assert moved["layers.0.mixer.out.weight"] == pytest.approx(0.01, rel=1e-3)
+
+    def test_hint_that_is_not_known_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = LanguageModel(config_of().model)
+        for hint in ({"lr_scael": 1.0}, {"lr_scale": -1.0}, {"weight_decay": math.nan}):
+            monkeypatch.setattr(model, "parameter_groups", lambda hint=hint: {"layers.0.mixer.into.bias": hint})
+            with pytest.raises(ConfigError, match=re.escape("'layers.0.mixer.into.bias'")):
+                grouped_parameters(model, 0.1)
+
+
+class TestLoop:
+    def test_a_pattern_is_learnt(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+        result = train_language_model(config_of(corpus=str(tmp_path / "a"), steps=150, context=64, batch_size=8))
+        assert abs(result.losses[0] - math.log(256)) < 0.3
+        assert result.bits_per_byte < 2.5
+        assert result.evaluated_bytes == 8 * 64
+
+    def test_a_run_without_a_folder_writes_nothing_and_leaves_the_random_state(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        before, listing = torch.get_rng_state(), sorted(tmp_path.rglob("*"))
+        first = train_language_model(config_of())
+        assert torch.equal(torch.get_rng_state(), before)
+        assert sorted(tmp_path.rglob("*")) == listing
+        torch.manual_seed(99)
+        second = train_language_model(config_of())
+        assert first.losses == second.losses
+        assert first.bits_per_byte == second.bits_per_byte
+        assert train_language_model(config_of(seed=1)).losses != first.losses
+
+    @pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", torch.float32), ("float64", torch.float64)])
+    def test_dtypes(self, dtype: str, kept: torch.dtype) -> None:
+        result = train_language_model(config_of(dtype=dtype))
+        assert {parameter.dtype for parameter in result.model.parameters()} == {kept}
+        assert result.losses != train_language_model(config_of()).losses
+        assert result.losses[-1] < result.losses[0]
+
+    @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+    def test_example_config_trains_and_generates(self, path: Path, tmp_path: Path) -> None:
+        config = TrainConfig.from_file(path, steps=3, context=48, batch_size=2, device="cpu", corpus=TEXT)
+        result = train_language_model(config, out=tmp_path / "run")
+        assert abs(result.losses[0] - math.log(256)) < 0.5
+        assert len(list(generate_bytes(load_run(tmp_path / "run")[0], b"def ", 5))) == 5
+
+    def test_every_mixer_hears_of_every_step(self) -> None:
+        result = train_language_model(config_of())
+        assert [mixer.calls for mixer in result.model.mixers] == [list(range(1, 13))] * 2
+        seeds = result.model.mixers[0].seeds
+        assert None not in seeds
+        assert len(set(seeds)) == 12  # another draw at each step
+        assert train_language_model(config_of()).model.mixers[0].seeds == seeds
+        assert not set(train_language_model(config_of(seed=1)).model.mixers[0].seeds) & set(seeds)
+
+    def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(self, tmp_path: Path) -> None:
+        with pytest.raises(TrainingError, match="lower learning_rate"):
+            train_language_model(
+                config_of(learning_rate=1e30, warmup_steps=0, checkpoint_every=1, grad_clip=0), out=tmp_path / "run"
+            )
+        for step in checkpoint_steps(tmp_path / "run" / "checkpoints"):
+            assert step < 12
+
+    def test_a_corpus_in_memory_is_taken(self) -> None:
+        text = torch.arange(256, dtype=torch.uint8).repeat(20)
+        corpus = Corpus("memory", text, text, 1, 1, "x")
+        assert train_language_model(config_of(), corpus=corpus).corpus == "x"
+
+
+class TestRunFolder:
+    @pytest.mark.parametrize("stop", [1, 4, 6, 12])
+    def test_a_run_stopped_anywhere_goes_on_to_the_same_numbers(self, tmp_path: Path, stop: int) -> None:
+        mixers = {"small_decay": {"redraw": True, "share": True}}
+        config = config_of(model={"d_model": 32, "layers": "small_decay*2", "dropout": 0.2, "mixers": mixers})
+        straight = train_language_model(config, out=tmp_path / "straight")
+        with pytest.raises(Stopped):
+            train_language_model(config, stop_at(stop), out=tmp_path / "stopped")
+        with open(tmp_path / "stopped" / "metrics.jsonl", "a") as metrics:
+            metrics.write('{"step": 99, "lo')
+        result = train_language_model(config, out=tmp_path / "stopped")
+        assert result.resumed_from == stop // 4 * 4
+        assert result.losses == straight.losses
+        assert result.bits_per_byte == straight.bits_per_byte
+        assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
+        scales = [mixer.scale for mixer in result.model.mixers]
+        assert not torch.equal(scales[0], torch.ones(32))
+
+    def test_a_run_leaves_its_files_and_the_last_two_checkpoints(self, tmp_path: Path) -> None:
+        result = train_language_model(config_of(), out=tmp_path)
+        assert checkpoint_steps(tmp_path / "checkpoints") == [8, 12]
+        written = json.loads((tmp_path / "result.json").read_text())
+        assert written["bits_per_byte"] == result.bits_per_byte
+        assert written["config"]["model"]["layers"][0]["d_model"] == 32
+        assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+        assert [line["step"] for line in metrics_of(tmp_path) if "held_out_bits_per_byte" in line] == [5, 10, 12]
+
+    def test_a_finished_run_says_its_result_again_without_training(self, tmp_path: Path) -> None:
+        first = train_language_model(config_of(), out=tmp_path)
+        (tmp_path / "result.json").unlink()
+        seen: list[Any] = []
+        again = train_language_model(config_of(), seen.append, out=tmp_path)
+        assert seen == []
+        assert again.bits_per_byte == first.bits_per_byte
+        assert (tmp_path / "result.json").exists()
+
+    def test_another_config_or_corpus_in_the_folder_is_refused_and_nothing_changes(self, tmp_path: Path) -> None:
+        folder, text = tmp_path / "run", tmp_path / "text"
+        text.write_text("some text to learn " * 90)
+        train_language_model(config_of(corpus=str(text)), out=folder)
+        before = contents(folder)
+        with pytest.raises(CheckpointError, match=re.escape("context: 32 there, 16 here")):
+            train_language_model(config_of(corpus=str(text), context=16), out=folder)
+        layers = {"d_model": 32, "layers": "small_decay, small_mean", "dropout": 0.1}
+        with pytest.raises(CheckpointError, match=re.escape("layers[1].name: 'small_decay' there, 'small_mean' here")):
+            train_language_model(config_of(corpus=str(text), model=layers), out=folder)
+        text.write_text("other text to learn " * 90)
+        with pytest.raises(CheckpointError, match="another corpus"):
+            train_language_model(config_of(corpus=str(text)), out=folder)
+        assert contents(folder) == before
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "optimiser.safetensors", "meta.json"])
+    @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+    def test_a_corrupt_checkpoint_is_named_and_nothing_changes(self, tmp_path: Path, name: str, damage: str) -> None:
+        straight = train_language_model(config_of(), out=tmp_path / "straight")
+        with pytest.raises(Stopped):
+            train_language_model(config_of(), stop_at(9), out=tmp_path / "run")
+        newest = tmp_path / "run" / "checkpoints" / "step-00000008"
+        spoil(newest / name, damage)
+        before = contents(tmp_path / "run")
+        with pytest.raises(CheckpointError, match=re.escape(str(newest / name))) as caught:
+            train_language_model(config_of(), out=tmp_path / "run")
+        assert f"Move the folder {newest} away to go on from step 4" in str(caught.value)
+        with pytest.raises(CheckpointError, match=re.escape(str(newest / name))):
+            load_run(tmp_path / "run")
+        assert contents(tmp_path / "run") == before
+        shutil.move(newest, tmp_path / "away")
+        result = train_language_model(config_of(), out=tmp_path / "run")
+        assert result.resumed_from == 4
+        assert result.losses == straight.losses
+
+    def test_fresh_sets_the_older_run_aside(self, tmp_path: Path) -> None:
+        train_language_model(config_of(), out=tmp_path)
+        before = parameters_of(tmp_path)
+        result = train_language_model(config_of(seed=5), out=tmp_path, resume=False)
+        assert result.resumed_from == 0
+        aside = parameters_of(tmp_path / "previous-1")
+        assert all(torch.equal(before[name], aside[name]) for name in before)
+
+    def test_resume_insists_on_a_checkpoint(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="has no checkpoint to go on from"):
+            train_language_model(config_of(), out=tmp_path / "run", resume=True)
+        assert not (tmp_path / "run").exists()
+
+    def test_files_of_somebody_else_are_not_overwritten(self, tmp_path: Path) -> None:
+        (tmp_path / "result.json").write_text("mine")
+        with pytest.raises(CheckpointError, match=re.escape("result.json would be overwritten")):
+            train_language_model(config_of(), out=tmp_path)
+        assert contents(tmp_path).keys() == {"result.json", *installed(tmp_path)}
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(CheckpointError, match="is a file"):
+            train_language_model(config_of(), out=tmp_path / "file")
+        with pytest.raises(CheckpointError, match="cannot write"):
+            train_language_model(config_of(), out=tmp_path / "file" / "below")
+
+    def test_two_runs_in_one_folder_are_refused(self, tmp_path: Path) -> None:
+        pytest.importorskip("fcntl")
+        told: list[str] = []
+
+        def second(report: Any) -> None:
+            if report.step == 2:
+                with pytest.raises(CheckpointError, match="another process is training in") as caught:
+                    train_language_model(config_of(), out=tmp_path)
+                told.append(str(caught.value))
+
+        train_language_model(config_of(), second, out=tmp_path)
+        assert len(told) == 1
+
+    def test_metrics_that_are_damaged_are_named(self, tmp_path: Path) -> None:
+        train_language_model(config_of(), out=tmp_path)
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "metrics.jsonl").write_text("".join([*lines[:3], "?\n", *lines[4:]]))
+        with pytest.raises(CheckpointError, match=re.escape("metrics.jsonl, line 4 is damaged")):
+            train_language_model(config_of(), out=tmp_path)
+        (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]))
+        with pytest.raises(CheckpointError, match="has 3 steps, the checkpoint has 12"):
+            train_language_model(config_of(), out=tmp_path)
+
+    def test_a_model_read_back_gives_the_same_logits(self, tmp_path: Path) -> None:
+        result = train_language_model(config_of(), out=tmp_path)
+        model, config, step = load_run(tmp_path)
+        tokens = torch.randint(256, (1, 20))
+        assert torch.equal(model(tokens), result.model(tokens))
+        assert (config.context, step) == (32, 12)
+
+
+CONFIG = """
+model:
+  d_model: 32
+  layers: "small_decay*2"
+  dropout: 0.1
+  mixers: {small_decay: {redraw: true}}
+context: 32
+batch_size: 4
+steps: 60
+eval_every: 7
+eval_windows: 8
+checkpoint_every: 2
+device: cpu
+"""
+
+
+class TestCommand:
+    """`zoo train` and `zoo generate` as a user runs them."""
+
+    def test_kill_9_at_any_moment_and_a_rerun_give_the_same_numbers(self, tmp_path: Path) -> None:
+        arguments = self.arguments(tmp_path)
+        self.run(tmp_path, *arguments, "--out", "straight")
+        kills = 0
+        for steps in (3, 17, 18, 40):
+            process = subprocess.Popen(
+                command(*arguments, "--out", "killed"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            wait_for_steps(tmp_path / "killed" / "metrics.jsonl", steps, process)
+            os.kill(process.pid, signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+            process.stdout.close()  # type: ignore[union-attr]
+        assert kills == 4
+        done = self.run(tmp_path, *arguments, "--out", "killed")
+        assert "going on from step" in done.stdout
+        assert_equal_runs(tmp_path / "straight", tmp_path / "killed")
+        results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("straight", "killed")]
+        assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
+        assert results[1]["resumed_from"] >= 38
+
+    def test_text_is_generated_from_a_run(self, tmp_path: Path) -> None:
+        self.run(tmp_path, *self.arguments(tmp_path), "--out", "run", "--steps", "4")
+        asked = ("generate", "run", "--prompt", "import é", "--tokens", "40", "--seed", "2")
+        first = self.run(tmp_path, *asked).stdout
+        assert first.startswith("import é")
+        assert first == self.run(tmp_path, *asked).stdout
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", first)
+
+    @pytest.mark.parametrize(
+        ("change", "more", "told"),
+        [
+            ("layers:", ["--steps", "0"], "steps=0"),
+            ('"small_decay*2"|"small_deacy*2"', [], "did you mean small_decay?"),
+            ("context: 32|contxt: 32", [], "did you mean context?"),
+            ("context: 32|context: [32", [], "a.yaml, line"),
+            ("layers:", ["--device", "gpu"], "device='gpu'"),
+            ("layers:", ["--dtype", "float16"], "dtype='float16'"),
+            ("layers:", ["--corpus", "absent"], "no corpus at absent"),
+            ("layers:", ["--resume"], "has no checkpoint"),
+        ],
+    )
+    def test_mistakes_end_in_one_message_and_exit_2(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        change: str,
+        more: list[str],
+        told: str,
+    ) -> None:
+        from zoo.cli import main
+
+        old, _, new = change.partition("|")
+        (tmp_path / "a.yaml").write_text(CONFIG.replace(old, new or old))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["zoo", "train", "a.yaml", "--out", "run", *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+    def arguments(self, folder: Path) -> tuple[str, ...]:
+        (folder / "a.yaml").write_text(CONFIG)
+        return "train", "a.yaml", "--corpus", TEXT
+
+    def run(self, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command(*arguments), cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "zoo", *arguments]  # PYTHONPATH is set by the fixture
+
+
+def wait_for_steps(metrics: Path, steps: int, process: subprocess.Popen[bytes]) -> None:
+    """Until the metrics have that many lines."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= steps:
+            return
+        assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
+        time.sleep(0.002)
+    raise AssertionError(f"{metrics} has not reached {steps} lines in a minute")
+
+
+def installed(folder: Path) -> list[str]:
+    return [name for name in contents(folder) if name.startswith("installed/")]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def spoil(path: Path, damage: str) -> None:
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])

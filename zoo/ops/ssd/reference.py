@@ -1,0 +1,54 @@
+"""SSD by its definition: one token at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sequence_mixer.shapes import accumulation_dtype
+
+
+def ssd_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in `ssd`. Any dtype, differentiable any number of times."""
+    inner = accumulation_dtype(x.dtype)
+    batch, tokens, heads, channels = x.shape
+    u, step, rate = x.to(inner), dt.to(inner), A.to(inner)
+    b, c = (part.to(inner).repeat_interleave(heads // part.shape[2], 2) for part in (B, C))
+    if dt_bias is not None:
+        step = step + dt_bias.to(inner)
+    if dt_softplus:
+        step = torch.logaddexp(step, torch.zeros_like(step))
+    step = step.clamp(*dt_limit)
+    if cu_seqlens is None:
+        runs = [(slice(None), slice(None), range(tokens))]
+    else:
+        ends = cu_seqlens.tolist()
+        runs = [(slice(0, 1), slice(s, s + 1), range(a, z)) for s, (a, z) in enumerate(zip(ends, ends[1:]))]
+    outputs, finals = [], []
+    for row, sequence, times in runs:
+        if initial_state is not None:
+            h = initial_state[sequence].to(inner)
+        else:
+            h = u.new_zeros(batch, heads, channels, b.shape[-1])
+        for t in times:
+            step_t = step[row, t, :, None, None]
+            h = (step_t * rate[:, None, None]).exp() * h + step_t * u[row, t, :, :, None] * b[row, t, :, None, :]
+            outputs.append((h * c[row, t, :, None, :]).sum(-1))
+        finals.append(h)
+    y = torch.stack(outputs, 1) if outputs else u
+    if D is not None:
+        skip = D.to(inner)
+        y = y + (skip[:, None] if skip.dim() == 1 else skip) * u
+    return y.to(x.dtype), torch.cat(finals)
