@@ -9,8 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    import sequence_mixer
     import zoo
+
+    import sequence_mixer
     import zoo_ssd
 
     homes = {

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from sequence_mixer.config import MixerConfig
 from sequence_mixer.errors import ConfigError, suggest
@@ -134,8 +134,8 @@ class MixerDef:
     config: type[MixerConfig]
     build: Callable[..., SequenceMixer]
     examples: Mapping[str, Mapping[str, Any]]
-    capabilities: Capabilities = cast(Capabilities, None)  # None stands for: computed in __post_init__
-    capabilities_of: Callable[[Any], Capabilities] = cast(Callable[[Any], Capabilities], None)
+    capabilities: Capabilities = None  # type: ignore[assignment]  # None: computed in __post_init__
+    capabilities_of: Callable[[Any], Capabilities] = None  # type: ignore[assignment]  # None: constant
     source: str = ""
     maintainer: str = ""
     status: str = "stable"

@@ -50,13 +50,14 @@ def check(given: list[Tensor], **options: object) -> None:
 def test_every_shape_meets_the_definition(
     device: str, shape: tuple[int, ...], norm_before_gate: bool, gated: bool
 ) -> None:
-    check(inputs(device, shape, gated), eps=1e-5, norm_before_gate=norm_before_gate)
+    # the gradient of one channel alone is eps / (x^2 + eps) of its terms: at a small eps nothing of it survives rounding
+    check(inputs(device, shape, gated), eps=1e-5 if shape != (1,) else 1.0, norm_before_gate=norm_before_gate)
 
 
 @pytest.mark.parametrize("group_size", [1, 4, 24, 48, 96])
 @pytest.mark.parametrize("norm_before_gate", [False, True])
 def test_every_group_size_meets_the_definition(device: str, group_size: int, norm_before_gate: bool) -> None:
-    check(inputs(device, (3, 7, 96)), eps=1e-5, group_size=group_size, norm_before_gate=norm_before_gate)
+    check(inputs(device, (5, 96)), eps=1e-5, group_size=group_size, norm_before_gate=norm_before_gate)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -82,11 +83,10 @@ def test_a_wide_group_is_served(device: str) -> None:
     check(inputs(device, (3, 5000)), eps=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 2049])
-def test_every_number_of_rows_is_served(device: str, rows: int) -> None:
-    if device == "cpu" and rows > 1025:
-        pytest.skip("too slow in the interpreter")
-    check(inputs(device, (rows, 8)), eps=1e-5, group_size=8)
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 9, 31])
+def test_every_number_of_rows_is_served(device: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.ops.norm.kernels.backward.PROGRAMS", 4)
+    check(inputs(device, (rows, 24)), eps=1e-5, group_size=8)
 
 
 def test_non_contiguous_inputs_and_cotangents_are_served(device: str) -> None:
@@ -139,11 +139,11 @@ def test_the_triton_path_compiles_into_one_graph(device: str, gated: bool) -> No
 
 
 def test_what_the_kernels_do_not_serve_is_refused_in_words(device: str) -> None:
-    x = torch.randn(1, 2 * MAX_KERNEL_GROUP, device=device)
+    wide = torch.randn(1, 2 * MAX_KERNEL_GROUP, device=device)
     with pytest.raises(BackendError, match=f"takes groups of up to {MAX_KERNEL_GROUP} channels"):
-        gated_rms_norm(x, None, x[0], eps=1e-5, backend="triton")
+        gated_rms_norm(wide, None, wide[0], eps=1e-5, backend="triton")
     with pytest.raises(BackendError, match="x is empty"):
-        gated_rms_norm(x[:0], None, x[0], eps=1e-5, backend="triton")
+        gated_rms_norm(wide[:0, :8], None, wide[0, :8], eps=1e-5, backend="triton")
     x, weight = (t.requires_grad_() for t in inputs(device, (3, 12), gated=False))
     y = gated_rms_norm(x, None, weight, eps=1e-5, backend="triton")
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)

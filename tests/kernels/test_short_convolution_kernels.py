@@ -69,9 +69,7 @@ def test_half_precision_stays_within_its_budget(device: str, dtype: torch.dtype,
 @pytest.mark.parametrize("ends", PACKINGS)
 @pytest.mark.parametrize("width", [1, 2, 4, 7])
 @pytest.mark.parametrize("activation", [None, "silu"])
-def test_packed_sequences_meet_the_definition(
-    device: str, ends: list[int], width: int, activation: str | None
-) -> None:
+def test_packed_sequences_meet_the_definition(device: str, ends: list[int], width: int, activation: str | None) -> None:
     given = inputs(device, 1, ends[-1], 24, width, sequences=len(ends) - 1)
     check(given, torch.float32, activation=activation, cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device))
 
@@ -122,9 +120,7 @@ def test_non_contiguous_inputs_and_cotangents_are_served(device: str) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_stood_in_memory_does_not_matter(
-    device: str, packed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_stood_in_memory_does_not_matter(device: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs(device, 1, 37, 24, 4, sequences=3 if packed else 1)
     options = {"activation": "silu", "cu_seqlens": torch.tensor([0, 2, 2, 37], device=device) if packed else None}
     clean = run(given, "triton", **options)

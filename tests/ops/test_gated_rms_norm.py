@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from zoo.ops import gated_rms_norm, record_dispatch
 
 from sequence_mixer.conformance.budget import judge
 from sequence_mixer.errors import BackendError, DtypeError, ShapeError
-from zoo.ops import gated_rms_norm, record_dispatch
 
 PATHS = ["reference", "chunked"]
 SHAPES = [(12,), (1, 12), (3, 5, 12), (2, 1, 3, 12)]

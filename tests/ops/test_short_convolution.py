@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from golden import load_case
 from torch import Tensor
+from zoo.ops import record_dispatch, short_convolution
 
+from golden import load_case
 from sequence_mixer.conformance.budget import judge, relative_rms
 from sequence_mixer.errors import BackendError, DtypeError, PackingError, ShapeError
-from zoo.ops import record_dispatch, short_convolution
 
 PATHS = ["reference", "chunked"]
 PACKINGS = [[0, 1, 1, 3, 13, 17, 17, 29], [0, 0, 2, 2], [0, 23], [0, 0, 0]]
@@ -131,7 +133,7 @@ def test_a_packed_row_equals_its_sequences_alone(backend: str, width: int) -> No
     ends = PACKINGS[0]
     given = inputs(1, ends[-1], 5, width, sequences=len(ends) - 1)
     y, final = short_convolution(**given, cu_seqlens=torch.tensor(ends), backend=backend)
-    for s, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for s, (start, end) in enumerate(itertools.pairwise(ends)):
         alone = given | {"x": given["x"][:, start:end], "initial_state": given["initial_state"][s : s + 1]}
         y_alone, final_alone = short_convolution(**alone, backend=backend)
         torch.testing.assert_close(y[:, start:end], y_alone)

@@ -58,4 +58,4 @@ def _cuda_samples(run: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)

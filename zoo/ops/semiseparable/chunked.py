@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,6 @@ from zoo.ops.semiseparable.cost import CHUNK
 from zoo.ops.semiseparable.recurrence import one_token
 
 BLOCK = 16  # chunk states combined by one matrix product of the scan over chunks
-GRAIN = 2.0**-10  # sums of CHUNK decays down to the underflow of float32 are exact in multiples of it
 
 
 def semiseparable_chunked(
@@ -42,8 +40,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `semiseparable`; y stays in the accumulation dtype, for a caller that adds to it before rounding.
 
-    Source: Dao & Gu 2024, Listing 1; here decays that underflow cut the sum instead of entering it, and every
-    sequence of a packed row starts a chunk of its own.
+    Source: Dao & Gu 2024, Listing 1; here every sequence of a packed row starts a chunk of its own.
     """
     inner = accumulation_dtype(v.dtype)
     batch, tokens, heads, channels = v.shape
@@ -58,27 +55,26 @@ def scan(
     values = v.to(inner) if scale is None else v.to(inner) * scale.unsqueeze(-1)
     # letters: R rows, C chunks, G groups, J heads of a group, K tokens of a chunk
     q_RCGKN, k_RCGKN = (layout.split(part.to(inner)).movedim(2, 3) for part in (q, k))
-    v_RCGJKP = layout.split(values).unflatten(3, (groups, -1)).movedim(2, 4)
+    v_RCGJKP = split_axis(layout.split(values), 3, groups).movedim(2, 4)
     if log_decay is None:
         a_RCGJK = values.new_zeros(1, 1, 1, 1, layout.chunk)
     else:
-        a_RCGJK = layout.split(log_decay).unflatten(3, (groups, -1)).movedim(2, 4)
-    sums = cumulative(a_RCGJK)
-    within = transition(sums)  # [R,C,G,J,K,K]
-    reach = from_first(sums)
+        a_RCGJK = split_axis(layout.split(log_decay), 3, groups).movedim(2, 4)
+    within = transition(a_RCGJK)  # [R,C,G,J,K,K]
+    reach = a_RCGJK.cumsum(-1)
     whole = reach[..., -1]  # [R,C,G,J] log decay over a whole chunk
 
     scores = (q_RCGKN @ k_RCGKN.mT).unsqueeze(3) * within
     y_RCGJKP = scores @ v_RCGJKP
     to_end = (v_RCGJKP * within[..., -1, :].unsqueeze(-1)).mT
-    added = (to_end.flatten(3, 4) @ k_RCGKN).unflatten(3, (-1, channels))  # [R,C,G,J,P,N]
+    added = split_axis(to_end.flatten(3, 4) @ k_RCGKN, 3, -1, channels)  # [R,C,G,J,P,N]
 
     states = None
     if initial_state is not None:
-        states = initial_state.unflatten(1, (groups, -1))  # [S,G,J,P,N]
+        states = split_axis(initial_state, 1, groups)  # [S,G,J,P,N]
     whole = whole.expand(added.shape[:4])
     entering = enter(added, whole, states, layout)
-    read = (entering.flatten(3, 4) @ q_RCGKN.mT).unflatten(3, (-1, channels)).mT
+    read = split_axis(entering.flatten(3, 4) @ q_RCGKN.mT, 3, -1, channels).mT
     y_RCGJKP = y_RCGJKP + read * reach.exp().unsqueeze(-1)
     y = layout.join(y_RCGJKP.movedim(4, 2).flatten(3, 4))
 
@@ -89,54 +85,28 @@ def scan(
     return y, final.flatten(1, 2)
 
 
-def log_of_zero(dtype: torch.dtype) -> float:
-    """A log decay below this one is a factor of exactly 0 in `dtype`."""
-    return -746.0 if dtype == torch.float64 else -104.0
+def transition(log_decay: Tensor) -> Tensor:
+    """Decay from j to i, product of the factors j+1..i: [..., K] -> lower triangular [..., K, K].
 
-
-class Sums(NamedTuple):
-    """Inclusive sums [..., K] of log decays, in two parts so that differences of large sums lose no digits.
-
-    coarse: sums of the decays rounded down to multiples of GRAIN, exact in float32. fine: sums of what was rounded off.
-    cuts: how many decays so far underflow; these are left out of the sums, which so stay finite.
+    Every entry is a sum of its own and not a difference of two, so large decays lose no digits, in the gradient
+    neither, and -inf needs no care. What is above the diagonal is masked before the exponential.
     """
-
-    coarse: Tensor
-    fine: Tensor
-    cuts: Tensor
-
-
-def cumulative(log_decay: Tensor) -> Sums:
-    """Sums over the last axis of log decays [..., K], K <= CHUNK. Gradients pass through the fine part."""
-    cut = log_decay < log_of_zero(log_decay.dtype)
-    kept = log_decay.masked_fill(cut, 0.0)
-    coarse = (kept.detach() / GRAIN).floor() * GRAIN
-    return Sums(coarse.cumsum(-1), (kept - coarse).cumsum(-1), cut.long().cumsum(-1))
-
-
-def transition(sums: Sums) -> Tensor:
-    """Decay from j to i, product of the factors j+1..i: lower triangular [..., K, K]; masked before the exponential."""
-    steps = torch.arange(sums.cuts.shape[-1], device=sums.cuts.device)
-    linked = (sums.cuts.unsqueeze(-1) == sums.cuts.unsqueeze(-2)) & (steps.unsqueeze(-1) >= steps)
-    coarse, fine = (part.unsqueeze(-1) - part.unsqueeze(-2) for part in (sums.coarse, sums.fine))
-    return (coarse + fine).masked_fill(~linked, -torch.inf).exp()
-
-
-def from_first(sums: Sums) -> Tensor:
-    """Log decay from before the first position to i, [..., K]; -inf where a factor is 0."""
-    return (sums.coarse + sums.fine).masked_fill(sums.cuts > 0, -torch.inf)
+    steps = torch.arange(log_decay.shape[-1], device=log_decay.device)
+    later = steps > steps.unsqueeze(-1)  # [j, i]
+    sums = torch.where(later, log_decay.unsqueeze(-2), 0.0).cumsum(-1)
+    return sums.masked_fill(steps < steps.unsqueeze(-1), -torch.inf).exp().mT
 
 
 def accumulate(added: Tensor, log_decay: Tensor) -> Tensor:
     """e_c = exp(log_decay_c) e_{c-1} + added_c along the second to last axis. added [..., C, F], log_decay [..., C]."""
     steps = added.shape[-2]
     if steps <= 2 * BLOCK:
-        return transition(cumulative(log_decay)) @ added
+        return transition(log_decay) @ added
     blocks = -(-steps // BLOCK)
-    added = F.pad(added, (0, 0, 0, blocks * BLOCK - steps)).unflatten(-2, (blocks, BLOCK))
-    sums = cumulative(F.pad(log_decay, (0, blocks * BLOCK - steps)).unflatten(-1, (blocks, BLOCK)))
-    inside = transition(sums) @ added
-    reach = from_first(sums)
+    added = split_axis(F.pad(added, (0, 0, 0, blocks * BLOCK - steps)), -2, blocks)
+    log_decay = split_axis(F.pad(log_decay, (0, blocks * BLOCK - steps)), -1, blocks)
+    inside = transition(log_decay) @ added
+    reach = log_decay.cumsum(-1)
     leaving = accumulate(inside[..., -1, :], reach[..., -1])
     entering = F.pad(leaving[..., :-1, :], (0, 0, 1, 0))
     total = inside + reach.exp().unsqueeze(-1) * entering.unsqueeze(-2)
@@ -169,7 +139,7 @@ class Layout:
             part = part.new_zeros(1, places, *part.shape[2:]).index_copy(1, self.place, part)
         elif places > self.tokens:
             part = F.pad(part, (0, 0) * (part.dim() - 2) + (0, places - self.tokens))
-        return part.unflatten(1, (self.chunks, self.chunk))
+        return split_axis(part, 1, self.chunks)
 
     def join(self, part: Tensor) -> Tensor:
         """[R,C,K,...] -> [B,T,...]."""
@@ -181,6 +151,12 @@ class Layout:
         return part[:, -1] if self.final is None else part[0].index_select(0, self.final)
 
 
+def split_axis(part: Tensor, axis: int, outer: int, inner: int = -1) -> Tensor:
+    """The axis becomes two, of sizes `outer` and `inner` (-1 for what remains)."""
+    axis %= part.dim()
+    return part.reshape(*part.shape[:axis], outer, inner, *part.shape[axis + 1 :])
+
+
 def rows_in_chunks(v: Tensor, chunk: int) -> Layout:
     """Every row of the batch [B,T,...] is one sequence."""
     tokens = v.shape[1]
@@ -189,7 +165,7 @@ def rows_in_chunks(v: Tensor, chunk: int) -> Layout:
 
 
 def packed_in_chunks(v: Tensor, cu_seqlens: Tensor) -> Layout:
-    """Each of the S sequences of a packed row [1,T,...] begins a chunk. Shapes depend on T and S only, not on values."""
+    """Each of the S sequences of a packed row [1,T,...] begins a chunk. Shapes follow from T and S, not from values."""
     tokens, sequences, device = v.shape[1], cu_seqlens.numel() - 1, v.device
     chunk = min(CHUNK, tokens)
     bounds = cu_seqlens.long()

@@ -15,7 +15,7 @@ def one_token(
     scale: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`semiseparable` for T = 1: no chunk, no padding; y [B,1,H,P] and the state [B,H,P,N] in the accumulation dtype."""
+    """`semiseparable` for T = 1: no chunk, no padding; y [B,1,H,P] and state [B,H,P,N] in the accumulation dtype."""
     inner = accumulation_dtype(v.dtype)
     batch, _, heads, channels = v.shape
     groups, width = q.shape[2:]

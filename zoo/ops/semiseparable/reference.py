@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def semiseparable_reference(
         runs = [(slice(None), slice(None), range(tokens))]
     else:
         ends = cu_seqlens.tolist()
-        runs = [(slice(0, 1), slice(s, s + 1), range(a, b)) for s, (a, b) in enumerate(zip(ends, ends[1:]))]
+        runs = [(slice(0, 1), slice(s, s + 1), range(a, b)) for s, (a, b) in enumerate(itertools.pairwise(ends))]
     outputs, finals = [], []
     for row, sequence, times in runs:
         if initial_state is not None:

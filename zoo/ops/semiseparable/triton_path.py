@@ -107,9 +107,10 @@ def _(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    per_token = [v.new_empty(0 if part is None else v.shape[:3], dtype=torch.float32) for part in (log_decay, scale)]
+    da = v.new_empty(0 if log_decay is None else v.shape[:3], dtype=torch.float32)
+    dscale = v.new_empty(0 if scale is None else v.shape[:3], dtype=torch.float32)
     state = v.new_empty(0 if initial_state is None else dfinal.shape, dtype=torch.float32)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *per_token, state
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), da, dscale, state
 
 
 def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def short_convolution_reference(
     """Arguments and results of `short_convolution`, with silu for the activation."""
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
-        parts = [x[0, start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+        parts = [x[0, start:end] for start, end in itertools.pairwise(ends)]
     else:
         parts = list(x)
     outputs, states = [], []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def ssd_reference(
         runs = [(slice(None), slice(None), range(tokens))]
     else:
         ends = cu_seqlens.tolist()
-        runs = [(slice(0, 1), slice(s, s + 1), range(a, z)) for s, (a, z) in enumerate(zip(ends, ends[1:]))]
+        runs = [(slice(0, 1), slice(s, s + 1), range(a, z)) for s, (a, z) in enumerate(itertools.pairwise(ends))]
     outputs, finals = [], []
     for row, sequence, times in runs:
         if initial_state is not None:

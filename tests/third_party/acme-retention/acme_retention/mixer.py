@@ -4,13 +4,13 @@ import math
 
 import torch
 from torch import Tensor, nn
+from zoo.ops.linear_attention import flops as linear_attention_flops
+from zoo.ops.linear_attention import linear_attention
 
 from acme_retention import RetentionConfig
 from sequence_mixer import Capabilities, Cost, MatrixForm, SequenceMixer, State
 from sequence_mixer.mixer import Factors
 from sequence_mixer.shapes import accumulation_dtype
-from zoo.ops.linear_attention import flops as linear_attention_flops
-from zoo.ops.linear_attention import linear_attention
 
 
 class RetentionState(State):

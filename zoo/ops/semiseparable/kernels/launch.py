@@ -31,7 +31,7 @@ class Sizes:
 
 
 def sizes_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Sizes:
-    """A [CHUNK, BLOCK_N] tile of a dot operand stays within 32 KB, so that two stages of q and k fit in shared memory."""
+    """A [CHUNK, BLOCK_N] tile of a dot operand stays within 32 KB: two stages of q and k fit in shared memory."""
     B, T, H, P = v.shape
     G, N = q.shape[2:]
     operand_bytes = 2 if v.dtype == torch.bfloat16 else 4

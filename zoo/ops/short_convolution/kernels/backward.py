@@ -158,7 +158,9 @@ def convolution_backward(
     )  # fmt: skip
     sums = partial.sum(0)  # [W+1, D]
     dweight = torch.empty((channels, width), dtype=weight.dtype, device=x.device).copy_(sums[:width].t())
-    dbias = x.new_empty(0) if bias is None else sums[width].to(bias.dtype)
+    dbias = x.new_empty(0)
+    if bias is not None:
+        dbias = torch.empty(bias.shape, dtype=bias.dtype, device=x.device).copy_(sums[width])
     if initial_state is None:
         return dx, dweight, dbias, x.new_empty(0)
     dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=x.device)
