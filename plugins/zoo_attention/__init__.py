@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
     from sequence_mixer import SequenceMixer
 
-BACKENDS = (
-    BackendSpec("sdpa"),
-    BackendSpec("triton", devices=("cuda",), dtypes=("float32", "bfloat16", "float16"), needs=("triton",)),
-    BackendSpec("chunked"),
-    BackendSpec("reference"),
-)
+KERNEL_WIDEST = 256  # channels of a head, for the Triton kernels
+
+
+def backends_of(config: AttentionConfig) -> tuple[BackendSpec, ...]:
+    """How a config can be computed, best first."""
+    kernel = BackendSpec("triton", devices=("cuda",), dtypes=("float32", "bfloat16", "float16"), needs=("triton",))
+    served = (kernel,) if config.width <= KERNEL_WIDEST else ()
+    return (BackendSpec("sdpa"), *served, BackendSpec("chunked"), BackendSpec("reference"))
 
 
 def capabilities_of(config: AttentionConfig) -> Capabilities:
@@ -31,7 +33,7 @@ def capabilities_of(config: AttentionConfig) -> Capabilities:
         padding_mask=True,
         matrix_form=True,
         structures=(Dense(), RowStochastic()),
-        backends=BACKENDS,
+        backends=backends_of(config),
     )
 
 

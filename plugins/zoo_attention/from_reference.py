@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sequence_mixer.errors import ReferenceMismatch, unknown_name
-from sequence_mixer.peer_options import PeerOptions, expect_weights
+from sequence_mixer.peer_options import PeerOptions, config_of, expect_weights, read_attention_layer
 from zoo_attention.config import AttentionConfig
 
 PEERS = ("torch.nn.MultiheadAttention", "AttentionLayer(FullAttention)")
@@ -53,7 +52,9 @@ def _multihead_attention(
     if bias:
         ours |= {"in_proj.bias": "in_proj_bias", "out_proj.bias": "out_proj.bias"}
     weights = expect_weights(options.peer, state_dict, list(ours.values()))
-    made = AttentionConfig(d_model=d_model, n_heads=heads, causal=causal, bias=bias, rope="none")
+    made = config_of(
+        options.peer, AttentionConfig, d_model=d_model, n_heads=heads, causal=causal, bias=bias, rope="none"
+    )
     return made, dict(zip(ours, weights, strict=True))
 
 
@@ -62,25 +63,11 @@ def _full_attention(
 ) -> tuple[AttentionConfig, dict[str, Tensor]]:
     layer, inner = options.nested("layer"), options.nested("inner")
     options.done()
-    layer.expect("attention", "FullAttention", "FullAttention", why="this converts AttentionLayer(FullAttention)")
-    d_model, heads = layer.take("d_model"), layer.take("n_heads")
-    width = layer.take("d_keys", None) or d_model // heads
-    layer.expect("d_values", None, None, width, why="keys and values have one width")
-    layer.expect("d_model_keys", None, None, d_model, why="queries, keys and values come from one input")
-    layer.ignore("event_dispatcher")
-    layer.done()
+    sizes, weights = read_attention_layer(layer, state_dict, "FullAttention")
     scale = inner.take("softmax_temp", None) or None  # 0 stands for its default too
     inner.expect("attention_dropout", 0.1, 0.0, 0, why=NO_DROPOUT)
     inner.ignore("event_dispatcher")
     inner.done()
-    parts = [f"{part}_projection.{kind}" for kind in ("weight", "bias") for part in ("query", "key", "value", "out")]
-    weights = expect_weights(options.peer, state_dict, parts)
-    made = AttentionConfig(
-        d_model=d_model, n_heads=heads, head_dim=width, causal=causal, bias=True, rope="none", scale=scale
-    )
-    return made, {
-        "in_proj.weight": torch.cat(weights[0:3]),
-        "out_proj.weight": weights[3],
-        "in_proj.bias": torch.cat(weights[4:7]),
-        "out_proj.bias": weights[7],
-    }
+    return config_of(
+        options.peer, AttentionConfig, **sizes, causal=causal, bias=True, rope="none", scale=scale
+    ), weights

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from zoo.ops.softmax_attention import flops as attention_flops
+from zoo.ops.softmax_attention import softmax_attention
 
 from sequence_mixer import Capabilities, Cost, MatrixForm, PaddingAsPacking, SequenceMixer, State
 from sequence_mixer.kv_buffer import append, empty, valid_mask
 from sequence_mixer.shapes import accumulation_dtype
-from zoo.ops.softmax_attention import flops as attention_flops
-from zoo.ops.softmax_attention import softmax_attention
 from zoo_attention.config import AttentionConfig
 from zoo_attention.rope import rotate
 
@@ -172,7 +172,9 @@ class AttentionMixer(SequenceMixer):
         elif cu_seqlens is not None:
             mixed = self._attend_rows(q, cu_seqlens, keys, values, after.positions)
         elif self.backend == "triton":  # its kernels take spans of keys, and no mask
-            packing = PaddingAsPacking(torch.ones_like(q[..., 0, 0], dtype=torch.bool) if padding_mask is None else padding_mask)
+            packing = PaddingAsPacking(
+                torch.ones_like(q[..., 0, 0], dtype=torch.bool) if padding_mask is None else padding_mask
+            )
             mixed = self._attend_rows(packing.pack(q), packing.cu_seqlens[:-1], keys, values, after.positions)
             mixed = packing.unpack(mixed)
         else:
@@ -203,9 +205,7 @@ class AttentionMixer(SequenceMixer):
         )
 
 
-def token_positions(
-    x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None
-) -> Tensor:
+def token_positions(x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> Tensor:
     """Position of each token of x [B,T,D] in its sequence, from 0, counting real tokens: int64 [T] or [B,T].
 
     past: int64 [B] (or [S]), tokens that came before; None for none. Padded slots get some valid position.

@@ -42,7 +42,10 @@ class SsdConfig(MixerConfig):
     bias: bool = Field(False, description="bias in both projections")
     conv_bias: bool = Field(True, description="bias in the short convolution")
     conv_init: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="draw the taps from U(-conv_init, conv_init); None: torch's default"
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="taps drawn from U(-conv_init, conv_init); None: torch's default",
     )
     dt_min: float = Field(0.001, gt=0, allow_inf_nan=False, description="smallest time step at initialisation")
     dt_max: float = Field(0.1, gt=0, allow_inf_nan=False, description="largest time step at initialisation")

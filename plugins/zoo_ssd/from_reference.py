@@ -19,8 +19,8 @@ CASE_GEOMETRY = frozenset({"B", "T", "seq_lens"})  # sizes of a recorded call, n
 class Peer:
     """How a reference class names and defaults its options.
 
-    renamed: its argument -> our field. defaults: its default where it differs from ours, by its argument; None: required.
-    fixed: argument -> values under which it equals ours, its default first. chosen: our fields that it has no argument for.
+    renamed: its argument -> our field. defaults: argument -> its default where ours differs; None: it has to be given.
+    fixed: argument -> values under which it equals ours, its default first. chosen: our fields without an argument.
     without_effect: arguments that choose how the same numbers are computed, or concern the model around the layer.
     """
 

@@ -12,10 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from sequence_mixer import Cost, MatrixForm, SequenceMixer, State
-from sequence_mixer.errors import StateError
-from sequence_mixer.shapes import accumulation_dtype
 from zoo.ops.norm import flops as norm_flops
 from zoo.ops.norm import gated_rms_norm
 from zoo.ops.short_convolution import flops as convolution_flops
@@ -23,6 +19,10 @@ from zoo.ops.short_convolution import short_convolution
 from zoo.ops.ssd import flops as ssd_flops
 from zoo.ops.ssd import ssd
 from zoo.ops.ssd.time_step import time_step
+
+from sequence_mixer import Cost, MatrixForm, SequenceMixer, State
+from sequence_mixer.errors import StateError
+from sequence_mixer.shapes import accumulation_dtype
 from zoo_ssd.config import SsdConfig, capabilities_of
 from zoo_ssd.matrix import initial_state_output, ssd_factors
 
@@ -113,9 +113,7 @@ class SsdMixer(SequenceMixer):
             after = SsdState(state.conv.copy_(conv), state.ssm.copy_(ssm))
         return self._finish(y.flatten(2), gates), after
 
-    def empty_state(
-        self, batch_size: int, capacity: int | None, device: torch.device, dtype: torch.dtype
-    ) -> SsdState:
+    def empty_state(self, batch_size: int, capacity: int | None, device: torch.device, dtype: torch.dtype) -> SsdState:
         """Zeros, or the learnt states (differentiable). The state does not grow, so `capacity` needs no room."""
         config, inner = self.config, accumulation_dtype(dtype)
         conv = torch.zeros(batch_size, config.conv_channels, config.d_conv - 1, device=device, dtype=dtype)

@@ -46,7 +46,10 @@ def ssd_layer_reference(
 def _one_token(
     config: SsdConfig, parameters: Mapping[str, Tensor], xBC: Tensor, dt: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """h = exp(dt A) h + dt x B^T and y = h C + D x. xBC: [B,H P + 2 G N]. dt: [B,H]. Returns y [B,H P] and h [B,H,P,N]."""
+    """h = exp(dt A) h + dt x B^T and y = h C + D x.
+
+    xBC: [B,H P + 2 G N]. dt: [B,H]. hidden: h [B,H,P,N]. Returns y [B,H P] and the next h.
+    """
     batch, heads, groups = xBC.shape[0], config.n_heads, config.n_groups
     x = xBC[:, : config.ssm_channels].reshape(batch, heads, config.head_dim)
     B, C = xBC[:, config.ssm_channels :].reshape(batch, 2, groups, config.d_state).unbind(1)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, StrictInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    StrictInt,
+    model_serializer,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -29,9 +40,26 @@ class MixerConfig(BaseModel):
     name: str
     d_model: Count = Field(description="model channels, D")
 
+    @model_serializer(mode="wrap")
+    def _infinities_as_strings(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """`ser_json_inf_nan` alone reaches neither `model_dump(mode="json")` nor a config inside another model."""
+        fields: dict[str, Any] = handler(self)
+        return _json_ready(fields) if info.mode_is_json() else fields
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """A copy with some fields replaced; the result is validated like a new config."""
         return type(self).model_validate({**self.model_dump(), **(update or {})})
+
+
+def _json_ready(value: Any) -> Any:
+    """`value` with every infinity or nan in it as the string that pydantic reads back."""
+    if isinstance(value, dict):
+        return {key: _json_ready(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 class _ResolvedByName:

@@ -324,8 +324,9 @@ class SequenceMixer(nn.Module):
         if padding_mask is not None:
             self._require("padding_mask")
             expect_padding_mask(padding_mask, x.shape[0], x.shape[1])
-        limit = getattr(self.config, "max_length", None)
-        if self.capabilities.max_length and limit is not None and longest > limit:
+        # asked only of configs that have the field: torch.compile cannot trace pydantic's answer for a missing one
+        limit = getattr(self.config, "max_length", None) if self.capabilities.max_length else None
+        if limit is not None and longest > limit:
             raise LengthError(f"{self.name}: the input has {longest} tokens, max_length is {limit}; build it longer")
 
     def _check_against_parameters(self, x: Tensor) -> None:

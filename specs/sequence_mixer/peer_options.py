@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import ValidationError
+
+from sequence_mixer.config import MixerConfig
 from sequence_mixer.errors import ReferenceMismatch, suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _REQUIRED = object()
+C = TypeVar("C", bound=MixerConfig)
 
 
 class PeerOptions:
@@ -68,3 +72,39 @@ def expect_weights(peer: str, state_dict: Mapping[str, Tensor], names: Sequence[
         told = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not known: {', '.join(others)}"] * bool(others)
         raise ReferenceMismatch(f"{peer}: the state dict does not fit its config; {'; '.join(told)}")
     return [state_dict[name] for name in names]
+
+
+def config_of(peer: str, kind: type[C], **fields: Any) -> C:
+    """A config of ours from a peer's arguments. Raises ReferenceMismatch if they are none, such as an odd size."""
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in error.errors())
+        raise ReferenceMismatch(f"{peer}: its arguments make no config of ours: {told}") from None
+
+
+def read_attention_layer(
+    options: PeerOptions, state_dict: Mapping[str, Tensor], attention: str
+) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """The part of fast-transformers' AttentionLayer around its attention: four projections with biases.
+
+    options: the arguments of AttentionLayer. attention: the class inside it.
+    Returns d_model, n_heads and head_dim, and the weights as `in_proj` (rows of queries, keys, values) and `out_proj`.
+    """
+    import torch
+
+    options.expect("attention", attention, attention, why=f"this reads AttentionLayer({attention})")
+    d_model, heads = options.take("d_model"), options.take("n_heads")
+    width = options.take("d_keys", None) or d_model // heads
+    options.expect("d_values", None, None, width, why="keys and values have one width")
+    options.expect("d_model_keys", None, None, d_model, why="queries, keys and values come from one input")
+    options.ignore("event_dispatcher")
+    options.done()
+    parts = [f"{part}_projection.{kind}" for kind in ("weight", "bias") for part in ("query", "key", "value", "out")]
+    weights = expect_weights(options.peer, state_dict, parts)
+    return {"d_model": d_model, "n_heads": heads, "head_dim": width}, {
+        "in_proj.weight": torch.cat(weights[:3]),
+        "out_proj.weight": weights[3],
+        "in_proj.bias": torch.cat(weights[4:7]),
+        "out_proj.bias": weights[7],
+    }

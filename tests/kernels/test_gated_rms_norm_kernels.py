@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,12 +21,12 @@ def inputs(device: str, shape: tuple[int, ...], gated: bool = True) -> list[Tens
     return [x, z, weight] if gated else [x, weight]
 
 
-def apply(leaves: list[Tensor], **options: object) -> Tensor:
+def apply(leaves: list[Tensor], **options: Any) -> Tensor:
     x, *gate, weight = leaves
-    return gated_rms_norm(x, gate[0] if gate else None, weight, **options)  # type: ignore[arg-type]
+    return gated_rms_norm(x, gate[0] if gate else None, weight, **options)
 
 
-def run(given: list[Tensor], backend: str, **options: object) -> list[Tensor]:
+def run(given: list[Tensor], backend: str, **options: Any) -> list[Tensor]:
     """y and the gradients of the inputs for a fixed cotangent."""
     leaves = [t.detach().requires_grad_() for t in given]
     y = apply(leaves, backend=backend, **options)
@@ -33,7 +35,7 @@ def run(given: list[Tensor], backend: str, **options: object) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, leaves, dy)]
 
 
-def check(given: list[Tensor], **options: object) -> None:
+def check(given: list[Tensor], **options: Any) -> None:
     """Triton beside the definition in float64 and the plain path at the dtype of the inputs."""
     exact = run([t.double() for t in given], "reference", **options)
     plain = run(given, "chunked", **options)
@@ -50,7 +52,7 @@ def check(given: list[Tensor], **options: object) -> None:
 def test_every_shape_meets_the_definition(
     device: str, shape: tuple[int, ...], norm_before_gate: bool, gated: bool
 ) -> None:
-    # the gradient of one channel alone is eps / (x^2 + eps) of its terms: at a small eps nothing of it survives rounding
+    # the gradient of one channel alone is eps / (x^2 + eps) of its terms: a small eps leaves only rounding
     check(inputs(device, shape, gated), eps=1e-5 if shape != (1,) else 1.0, norm_before_gate=norm_before_gate)
 
 
@@ -105,8 +107,8 @@ def test_what_stood_in_memory_does_not_matter(device: str, monkeypatch: pytest.M
     clean = run(given, "triton", eps=1e-5, group_size=20)
     empty = torch.empty
 
-    def full_of_nan(*args: object, **kwargs: object) -> Tensor:
-        made = empty(*args, **kwargs)  # type: ignore[call-overload]
+    def full_of_nan(*args: Any, **kwargs: Any) -> Tensor:
+        made = empty(*args, **kwargs)
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", full_of_nan)
@@ -120,7 +122,7 @@ def test_the_custom_operators_keep_their_promises(device: str, norm_before_gate:
     x, *gate, weight = (t.requires_grad_() for t in inputs(device, (3, 2, 12), gated))
     arguments = (x, gate[0] if gate else None, weight, 1e-5, 4, norm_before_gate)
     torch.library.opcheck(triton_path.gated_rms_norm_fwd, arguments)
-    detached = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
+    detached: list[Any] = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
     torch.library.opcheck(triton_path.gated_rms_norm_bwd, (torch.randn_like(detached[0]), *detached))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ PACKINGS = [[0, 1, 1, 3, 13, 17, 17, 45], [0, 0, 2, 2], [0, 23], [0, 0, 129]]
 
 def inputs(
     device: str, batch: int, tokens: int, channels: int, width: int, sequences: int | None = None
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     torch.manual_seed(tokens * 100 + width)
     made = {
         "x": torch.randn(batch, tokens, channels),
@@ -28,17 +30,17 @@ def inputs(
     return {name: tensor.to(device) for name, tensor in made.items()}
 
 
-def run(given: dict[str, Tensor], backend: str, **options: object) -> dict[str, Tensor]:
+def run(given: dict[str, Tensor], backend: str, **options: Any) -> dict[str, Tensor]:
     """y, final state, and the gradients of the inputs for fixed cotangents."""
-    leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
-    y, final = short_convolution(**leaves, backend=backend, **options)  # type: ignore[arg-type]
+    leaves: dict[str, Any] = {name: t.detach().requires_grad_() for name, t in given.items()}
+    y, final = short_convolution(**leaves, backend=backend, **options)
     torch.manual_seed(5)
     dy, dfinal = (torch.randn(t.shape).to(torch.bfloat16).to(t.device, t.dtype) for t in (y, final))
     gradients = torch.autograd.grad((y, final), list(leaves.values()), (dy, dfinal))
     return {"y": y, "final": final} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
-def check(given: dict[str, Tensor], dtype: torch.dtype, **options: object) -> None:
+def check(given: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> None:
     """Triton at `dtype` beside the definition in float64 and the plain path at `dtype`."""
     given = {name: t.to(dtype) for name, t in given.items()}
     exact = run({name: t.double() for name, t in given.items()}, "reference", **options)
@@ -106,7 +108,7 @@ def test_non_contiguous_inputs_and_cotangents_are_served(device: str) -> None:
     check(given, torch.float32, activation="silu")
     given["x"] = torch.randn(2, 24, 19, device=device).transpose(1, 2)
     check(given, torch.float32, activation="silu")
-    leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
+    leaves: dict[str, Any] = {name: t.detach().requires_grad_() for name, t in given.items()}
     for backend in ("triton", "reference"):
         y, _ = short_convolution(**leaves, backend=backend)
         y.sum().backward()  # the cotangent has stride 0 everywhere
@@ -122,12 +124,15 @@ def test_non_contiguous_inputs_and_cotangents_are_served(device: str) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_stood_in_memory_does_not_matter(device: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs(device, 1, 37, 24, 4, sequences=3 if packed else 1)
-    options = {"activation": "silu", "cu_seqlens": torch.tensor([0, 2, 2, 37], device=device) if packed else None}
+    options: dict[str, Any] = {
+        "activation": "silu",
+        "cu_seqlens": torch.tensor([0, 2, 2, 37], device=device) if packed else None,
+    }
     clean = run(given, "triton", **options)
     empty = torch.empty
 
-    def full_of_nan(*args: object, **kwargs: object) -> Tensor:
-        made = empty(*args, **kwargs)  # type: ignore[call-overload]
+    def full_of_nan(*args: Any, **kwargs: Any) -> Tensor:
+        made = empty(*args, **kwargs)
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", full_of_nan)
@@ -176,8 +181,8 @@ def test_the_triton_path_compiles_into_one_graph(device: str, packed: bool) -> N
 
     outcomes = []
     for call in (f, torch.compile(f, backend="aot_eager", fullgraph=True)):
-        leaves = [t.clone().requires_grad_() for t in given.values()]
-        y, final = call(*leaves, ends)
+        leaves: list[Any] = [t.clone().requires_grad_() for t in given.values()]
+        y, final = call(*[*leaves, ends])
         outcomes.append([y, final, *torch.autograd.grad(y.square().sum() + final.square().sum(), leaves)])
     for a, b in zip(*outcomes, strict=True):
         torch.testing.assert_close(a, b)
@@ -194,7 +199,7 @@ def test_the_flop_counter_sees_the_operators(device: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     given = inputs(device, 2, 9, 8, 4)
-    leaves = {name: t.requires_grad_() for name, t in given.items()}
+    leaves: dict[str, Any] = {name: t.requires_grad_() for name, t in given.items()}
     with FlopCounterMode(display=False) as counter:
         y, _ = short_convolution(**leaves, backend="triton")
         y.sum().backward()

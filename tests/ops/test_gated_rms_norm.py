@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,12 +23,12 @@ def inputs(shape: tuple[int, ...], gated: bool = True) -> list[Tensor]:
     return [x, z, weight] if gated else [x, weight]
 
 
-def apply(leaves: list[Tensor], **options: object) -> Tensor:
+def apply(leaves: list[Tensor], **options: Any) -> Tensor:
     x, *gate, weight = leaves
-    return gated_rms_norm(x, gate[0] if gate else None, weight, **options)  # type: ignore[arg-type]
+    return gated_rms_norm(x, gate[0] if gate else None, weight, **options)
 
 
-def run(given: list[Tensor], backend: str, dtype: torch.dtype = torch.float64, **options: object) -> list[Tensor]:
+def run(given: list[Tensor], backend: str, dtype: torch.dtype = torch.float64, **options: Any) -> list[Tensor]:
     """y and the gradients of the inputs for a fixed cotangent."""
     leaves = [t.to(dtype).detach().requires_grad_() for t in given]
     y = apply(leaves, backend=backend, **options)
@@ -35,15 +37,18 @@ def run(given: list[Tensor], backend: str, dtype: torch.dtype = torch.float64, *
     return [y, *torch.autograd.grad(y, leaves, dy)]
 
 
+def unit_rms(value: Tensor) -> Tensor:
+    return value / (value.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
 @pytest.mark.parametrize("backend", PATHS)
 def test_the_gate_comes_before_or_after_the_norm(backend: str) -> None:
     x, z, weight = inputs((3, 5, 12))
     gate = z / (1.0 + torch.exp(-z))
-    norm = lambda v: v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     y = gated_rms_norm(x, z, weight, eps=1e-5, backend=backend)
-    torch.testing.assert_close(y, norm(x * gate) * weight)
+    torch.testing.assert_close(y, unit_rms(x * gate) * weight)
     y = gated_rms_norm(x, z, weight, eps=1e-5, norm_before_gate=True, backend=backend)
-    torch.testing.assert_close(y, norm(x) * weight * gate)
+    torch.testing.assert_close(y, unit_rms(x) * weight * gate)
     y = gated_rms_norm(x, None, weight, eps=1e-5, backend=backend)
     torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (12,), weight, 1e-5))
 
@@ -79,7 +84,7 @@ def test_the_definition_has_first_and_second_derivatives(norm_before_gate: bool,
 def test_plain_path_equals_the_definition(
     shape: tuple[int, ...], group_size: int | None, norm_before_gate: bool, gated: bool
 ) -> None:
-    options = {"eps": 1e-5, "group_size": group_size, "norm_before_gate": norm_before_gate}
+    options: dict[str, Any] = {"eps": 1e-5, "group_size": group_size, "norm_before_gate": norm_before_gate}
     exact, plain = (run(inputs(shape, gated), backend, **options) for backend in PATHS)
     for a, b in zip(plain, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
@@ -89,7 +94,7 @@ def test_plain_path_equals_the_definition(
 @pytest.mark.parametrize("norm_before_gate", [False, True])
 def test_plain_path_stays_within_a_few_roundings(dtype: torch.dtype, norm_before_gate: bool) -> None:
     given = [t.to(dtype).double() for t in inputs((4, 7, 96))]
-    options = {"eps": 1e-5, "group_size": 48, "norm_before_gate": norm_before_gate}
+    options: dict[str, Any] = {"eps": 1e-5, "group_size": 48, "norm_before_gate": norm_before_gate}
     exact = run(given, "reference", **options)
     for value, wanted in zip(run(given, "chunked", dtype, **options), exact, strict=True):
         assert value.dtype == dtype
@@ -174,9 +179,9 @@ def test_wrong_calls_are_refused_in_words() -> None:
             gated_rms_norm(x, z, weight, eps=1e-5, group_size=size)
     with pytest.raises(ShapeError, match="at least one channel"):
         gated_rms_norm(x[:, :0], None, weight[:0], eps=1e-5)
-    with pytest.raises(DtypeError, match="z is torch.float32, x is torch.float64"):
+    with pytest.raises(DtypeError, match=r"z is torch.float32, x is torch.float64"):
         gated_rms_norm(x, z.float(), weight, eps=1e-5)
-    with pytest.raises(DtypeError, match="x is torch.int64"):
+    with pytest.raises(DtypeError, match=r"x is torch.int64"):
         gated_rms_norm(x.long(), None, weight, eps=1e-5)
     with pytest.raises(ValueError, match="eps is -1"):
         gated_rms_norm(x, z, weight, eps=-1)

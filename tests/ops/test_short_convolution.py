@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ PATHS = ["reference", "chunked"]
 PACKINGS = [[0, 1, 1, 3, 13, 17, 17, 29], [0, 0, 2, 2], [0, 23], [0, 0, 0]]
 
 
-def inputs(batch: int, tokens: int, channels: int, width: int, sequences: int | None = None) -> dict[str, Tensor]:
+def inputs(batch: int, tokens: int, channels: int, width: int, sequences: int | None = None) -> dict[str, Any]:
     torch.manual_seed(tokens * 100 + width)
     return {
         "x": torch.randn(batch, tokens, channels, dtype=torch.float64),
@@ -27,10 +28,10 @@ def inputs(batch: int, tokens: int, channels: int, width: int, sequences: int | 
     }
 
 
-def run(given: dict[str, Tensor], backend: str, dtype: torch.dtype | None = None, **options: object) -> list[Tensor]:
+def run(given: dict[str, Tensor], backend: str, dtype: torch.dtype | None = None, **options: Any) -> list[Tensor]:
     """y, final state, and the gradients of the inputs for fixed cotangents."""
-    leaves = {name: t.to(dtype or t.dtype).detach().requires_grad_() for name, t in given.items()}
-    y, final = short_convolution(**leaves, backend=backend, **options)  # type: ignore[arg-type]
+    leaves: dict[str, Any] = {name: t.to(dtype or t.dtype).detach().requires_grad_() for name, t in given.items()}
+    y, final = short_convolution(**leaves, backend=backend, **options)
     torch.manual_seed(5)
     dy = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
     dfinal = torch.randn(final.shape, dtype=torch.float64).to(y.dtype)
@@ -178,7 +179,7 @@ def test_no_tokens_leave_the_state_as_it_was(backend: str) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_plain_path_stays_within_a_few_roundings(tokens: int, dtype: torch.dtype, packed: bool) -> None:
     given = {name: t.to(dtype).double() for name, t in inputs(1, tokens, 16, 4).items()}
-    options = {"activation": "silu", "cu_seqlens": torch.tensor([0, tokens]) if packed else None}
+    options: dict[str, Any] = {"activation": "silu", "cu_seqlens": torch.tensor([0, tokens]) if packed else None}
     exact = run(given, "reference", **options)
     plain = run(given, "chunked", dtype, **options)
     for value, wanted in zip(plain, exact, strict=True):
@@ -191,7 +192,7 @@ def test_plain_path_stays_within_a_few_roundings(tokens: int, dtype: torch.dtype
 def test_parameters_and_state_may_have_another_dtype(backend: str) -> None:
     given = {name: t.float() for name, t in inputs(2, 9, 8, 4).items()}
     given["x"] = given["x"].bfloat16()
-    leaves = {name: t.requires_grad_() for name, t in given.items()}
+    leaves: dict[str, Any] = {name: t.requires_grad_() for name, t in given.items()}
     y, final = short_convolution(**leaves, backend=backend)
     assert y.dtype == final.dtype == torch.bfloat16
     (y.float().sum() + final.float().sum()).backward()
@@ -209,7 +210,7 @@ def test_non_contiguous_inputs_and_cotangents_are_served(tokens: int) -> None:
     given["bias"] = torch.randn(12, dtype=torch.float64)[::2]
     given["initial_state"] = torch.randn(2, 3, 6, dtype=torch.float64).transpose(1, 2)
     for backend in PATHS:
-        leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
+        leaves: dict[str, Any] = {name: t.detach().requires_grad_() for name, t in given.items()}
         y, _ = short_convolution(**leaves, backend=backend)
         dy = torch.ones(1, dtype=torch.float64).expand_as(y)
         got = torch.autograd.grad(y, list(leaves.values()), dy)
@@ -242,8 +243,8 @@ def test_plain_path_compiles_into_one_graph(packed: bool, tokens: int) -> None:
 
     outcomes = []
     for call in (f, torch.compile(f, backend="aot_eager", fullgraph=True)):
-        leaves = [t.clone().requires_grad_() for t in given.values()]
-        y, final = call(*leaves, cu_seqlens)
+        leaves: list[Any] = [t.clone().requires_grad_() for t in given.values()]
+        y, final = call(*[*leaves, cu_seqlens])
         outcomes.append([y, final, *torch.autograd.grad(y.square().sum() + final.square().sum(), leaves)])
     for a, b in zip(*outcomes, strict=True):
         torch.testing.assert_close(a, b)
@@ -275,7 +276,7 @@ def test_wrong_calls_are_refused_in_words() -> None:
         short_convolution(x[:1], weight, initial_state=state, cu_seqlens=torch.tensor([0, 5]))
     with pytest.raises(ValueError, match="activation is 'relu', wanted None or 'silu'"):
         short_convolution(x, weight, activation="relu")
-    with pytest.raises(DtypeError, match="x is torch.int64"):
+    with pytest.raises(DtypeError, match=r"x is torch.int64"):
         short_convolution(x.long(), weight)
     with pytest.raises(PackingError, match="the input has batch 2"):
         short_convolution(x, weight, cu_seqlens=torch.tensor([0, 5]))

@@ -50,7 +50,7 @@ def inputs_of(
 def run(
     given: dict[str, Tensor], backend: str, dtype: torch.dtype = torch.float64, **options: object
 ) -> dict[str, Tensor]:
-    """y, final_state and gradients of a fixed random loss, by name; dt, A, D, dt_bias stay float32 in half precision."""
+    """y, final_state and gradients of a fixed random loss, by name; dt, A, D, dt_bias stay float32 in half runs."""
     half = ("x", "B", "C")
     inner = torch.float64 if dtype == torch.float64 else torch.float32
     leaves = {

@@ -14,6 +14,7 @@ from torch import Tensor
 MAX_OVER_RMS = 20.0  # largest element error allowed, in units of the allowed RMS error
 FLOOR_EPS = 4.0  # relative RMS floor in units of eps
 FLOOR_EPS_FLOAT64 = 64.0  # the reference itself is float64, so its own rounding is in the comparison
+SAME_FLOAT64 = 2.0**14 * torch.finfo(torch.float64).eps  # two orders of the same float64 sums, 3.6e-12
 
 
 def rms(value: Tensor) -> float:
@@ -21,10 +22,10 @@ def rms(value: Tensor) -> float:
     return float(value.detach().double().square().mean().sqrt()) if value.numel() else 0.0
 
 
-def relative_rms(value: Tensor, exact: Tensor) -> float:
-    """rms(value - exact) / rms(exact); the absolute error where `exact` is all zero; NaN never passes."""
+def relative_rms(value: Tensor, exact: Tensor, scale: float = 0.0) -> float:
+    """rms(value - exact) / max(rms(exact), scale); the absolute error where that is 0; NaN never passes."""
     error = rms(value.detach().double().cpu() - exact.detach().double().cpu())
-    scale = rms(exact)
+    scale = max(rms(exact), scale)
     return error / scale if scale > 0 else error
 
 
@@ -50,17 +51,29 @@ class Verdict:
         )
 
 
-def judge(value: Tensor, exact: Tensor, plain: Tensor | None, dtype: torch.dtype) -> Verdict:
+def judge(
+    value: Tensor,
+    exact: Tensor,
+    plain: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    plain_error: float = 0.0,
+    scale: float = 0.0,
+) -> Verdict:
     """Compare `value` with the float64 result `exact`.
 
     plain: result of the plain PyTorch path at `dtype` from the same inputs; None allows only the floor.
     dtype: dtype of the computation that is judged.
+    plain_error: a relative RMS error known of the plain path, beside that of `plain`: a tensor of a few elements is
+        one draw of the error, and its neighbours tell more of it.
+    scale: least RMS that errors are divided by, for a tensor that is zero but for cancellation.
     """
-    plain_error = relative_rms(plain, exact) if plain is not None else 0.0
+    if plain is not None:
+        plain_error = max(plain_error, relative_rms(plain, exact, scale))
     allowed = 2.0 * max(plain_error, floor(dtype))
-    error = relative_rms(value, exact)
+    error = relative_rms(value, exact, scale)
     difference = (value.detach().double().cpu() - exact.detach().double().cpu()).abs()
-    scale = rms(exact) or 1.0
+    scale = max(rms(exact), scale) or 1.0
     worst = float(difference.max()) / scale if difference.numel() else 0.0
     worst_allowed = MAX_OVER_RMS * allowed
     return Verdict(error <= allowed and worst <= worst_allowed, error, allowed, worst, worst_allowed)

@@ -59,7 +59,8 @@ def linear_attention(
     scale: factor of the products <phi(q), phi(k)>, applied after the map; under `normalize` it is a factor of both
         num and den, so that it only changes the weight of eps. States do not contain it.
     padding_mask: bool [B,T] ([B,K] of the keys), True = real, one run per row. What stands in padded slots (NaN too)
-        does not matter; padded outputs are 0 and the state is the one after the real tokens.
+        does not matter; the state is the one after the real tokens. With as many queries as keys it also says which
+        queries are real: padded rows of y are 0.
     initial_state: [B,H,N,P] ([B,H,N,P+1] if `normalize`), with S in place of B under `cu_seqlens`; None for zeros.
         Needs causal=True.
     cu_seqlens: int [S+1], boundaries of S sequences packed in one row (B = 1); empty sequences are legal.
@@ -132,7 +133,7 @@ def _check(
         expect_padding_mask(padding_mask, sizes["B"], sizes["K"])
     for argument, tensor in (("log_decay", log_decay), ("initial_state", initial_state)):
         if tensor is not None and not causal:
-            raise ConfigError(f"{argument} came with causal=False, where tokens have no order; pass None or causal=True")
+            raise ConfigError(f"{argument} came with causal=False, where tokens have no order; leave one out")
     if log_decay is not None:
         expect_floating("log_decay", log_decay)
         expect_shape("log_decay", log_decay, "B T H N" if log_decay.dim() == 4 else "B T H", sizes)

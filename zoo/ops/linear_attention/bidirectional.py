@@ -7,9 +7,7 @@ from torch import Tensor
 from zoo.ops.semiseparable.chunked import packed_in_chunks
 
 
-def sum_over_all(
-    phi_q: Tensor, phi_k: Tensor, values: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def sum_over_all(phi_q: Tensor, phi_k: Tensor, values: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """phi_q [B,T,H,N], phi_k [B,K,H,N], values [B,K,H,P], one dtype; K = T if packed.
 
     Returns what the queries read, [B,T,H,P], and the sums of phi(k) v^T, [B,H,N,P] or [S,H,N,P].

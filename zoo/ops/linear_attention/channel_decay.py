@@ -9,8 +9,6 @@ from torch import Tensor
 from zoo.ops.semiseparable.chunked import (
     Layout,
     accumulate,
-    cumulative,
-    from_first,
     packed_in_chunks,
     rows_in_chunks,
     transition,
@@ -31,8 +29,8 @@ def scan_channels(
 
     phi_q, phi_k, log_decay [B,T,H,N], values [B,T,H,P], initial_state [S,H,N,P]; all in the accumulation dtype.
     Returns what the queries read, [B,T,H,P], and the final state [S,H,N,P].
-    Decays inside a chunk are exponentials of differences of sums, which no decay can make overflow; the quotient
-    exp(sum_i) / exp(sum_j) of the factored form can. Source: Yang et al. 2024 (gated linear attention), section 4.
+    The decay between two tokens of a chunk is the exponential of its own sum, which no decay can make overflow; the
+    quotient exp(sum_i) / exp(sum_j) of the factored form can. Source: Yang et al. 2024 (gated linear attention), section 4.
     """
     batch, tokens, heads, width = phi_k.shape
     if tokens == 0:
@@ -48,10 +46,9 @@ def scan_channels(
     # letters: R rows, C chunks, K tokens of a chunk
     q_RCHNK, k_RCHNK, a_RCHNK = (layout.split(part).movedim(2, 4) for part in (phi_q, phi_k, log_decay))
     v_RCHKP = layout.split(values).movedim(2, 3)
-    sums, cuts = cumulative(a_RCHNK)
-    within = transition(sums, cuts)  # [R,C,H,N,K,K]
-    reach = from_first(sums, cuts)  # [R,C,H,N,K]
-    whole = reach[..., -1]
+    within = transition(a_RCHNK)  # [R,C,H,N,K,K]
+    reach = a_RCHNK.cumsum(-1)
+    whole = reach[..., -1]  # [R,C,H,N] log decay over a whole chunk
 
     scores = (q_RCHNK.unsqueeze(-1) * within * k_RCHNK.unsqueeze(-2)).sum(3)  # [R,C,H,K,K]
     added = (k_RCHNK * within[..., -1, :]) @ v_RCHKP  # [R,C,H,N,P]
@@ -84,7 +81,8 @@ def divided(layout: Layout) -> Layout:
     if layout.chunk % CHUNK:
         return layout
     parts = layout.chunk // CHUNK
-    assert layout.sequence is not None and layout.final is not None
+    assert layout.sequence is not None
+    assert layout.final is not None
     return Layout(
         chunk=CHUNK,
         chunks=layout.chunks * parts,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def linear_attention_reference(
         runs = [(slice(None), slice(None), slice(None))]
     else:
         ends = cu_seqlens.tolist()
-        runs = [(slice(0, 1), slice(s, s + 1), slice(a, b)) for s, (a, b) in enumerate(zip(ends, ends[1:]))]
+        runs = [(slice(0, 1), slice(s, s + 1), slice(a, b)) for s, (a, b) in enumerate(itertools.pairwise(ends))]
     outputs, finals = [], []
     for row, sequence, times in runs:
         queries, keys, written = phi_q[row, times], phi_k[row, times], values[row, times]

@@ -18,7 +18,7 @@ def gated_rms_norm_chunked(
     gate = None if z is None else F.silu(z.to(acc))
     if gate is not None and not norm_before_gate:
         value = value * gate
-    grouped = value.unflatten(-1, (-1, group_size))
+    grouped: Tensor = value.unflatten(-1, (-1, group_size))
     scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
     value = (grouped * scale).flatten(-2) * weight.to(acc)
     if gate is not None and norm_before_gate:

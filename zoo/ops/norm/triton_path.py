@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops.custom import refuse_higher_order
+from zoo.ops.custom import flop_formula, refuse_higher_order
 
 
 def gated_rms_norm_triton(
@@ -70,8 +69,6 @@ refuse_higher_order(gated_rms_norm_fwd, "gated_rms_norm", has_gradient=True)
 refuse_higher_order(gated_rms_norm_bwd, "gated_rms_norm", has_gradient=False)
 
 
-@register_flop_formula(  # type: ignore[untyped-decorator]
-    [torch.ops.zoo.gated_rms_norm_fwd, torch.ops.zoo.gated_rms_norm_bwd], get_raw=True
-)
+@flop_formula([torch.ops.zoo.gated_rms_norm_fwd, torch.ops.zoo.gated_rms_norm_bwd], get_raw=True)
 def _flops(*_: Any, **__: Any) -> int:
     return 0  # no matrix product

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops.custom import refuse_higher_order
+from zoo.ops.custom import flop_formula, refuse_higher_order
 from zoo.ops.semiseparable.cost import backward_flops, flops
 from zoo.ops.semiseparable.recurrence import one_token
 
@@ -128,12 +127,12 @@ for _op, _forward in ((semiseparable_forward, True), (semiseparable_backward, Fa
     refuse_higher_order(_op, "semiseparable (ssd, linear_attention)", has_gradient=_forward)
 
 
-@register_flop_formula(torch.ops.zoo.semiseparable)
+@flop_formula(torch.ops.zoo.semiseparable)
 def _forward_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any) -> int:
     return flops(v[0], v[1], v[2], q[2], q[3], v[3])
 
 
-@register_flop_formula(torch.ops.zoo.semiseparable_backward)
+@flop_formula(torch.ops.zoo.semiseparable_backward)
 def _backward_flops(
     dy: Sequence[int],
     dfinal: Sequence[int],

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops.custom import refuse_higher_order
+from zoo.ops.custom import flop_formula, refuse_higher_order
 
 
 def short_convolution_triton(
@@ -104,11 +103,11 @@ refuse_higher_order(short_convolution_fwd, "short_convolution", has_gradient=Tru
 refuse_higher_order(short_convolution_bwd, "short_convolution", has_gradient=False)
 
 
-@register_flop_formula(torch.ops.zoo.short_convolution_fwd, get_raw=True)  # type: ignore[untyped-decorator]
+@flop_formula(torch.ops.zoo.short_convolution_fwd, get_raw=True)
 def _fwd_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return 2 * x.numel() * weight.shape[1]
 
 
-@register_flop_formula(torch.ops.zoo.short_convolution_bwd, get_raw=True)  # type: ignore[untyped-decorator]
+@flop_formula(torch.ops.zoo.short_convolution_bwd, get_raw=True)
 def _bwd_flops(dy: Tensor, dfinal: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return 4 * x.numel() * weight.shape[1]  # of x and of the weight

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from zoo.ops.softmax_attention import cpu_flops as cpu_flops  # registers them
 from zoo.ops.softmax_attention.visibility import clear_padding, visible_keys
 
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops.custom import refuse_higher_order
+from zoo.ops.custom import flop_formula, refuse_higher_order
 
 
 def softmax_attention_triton(
@@ -136,14 +135,14 @@ def _pairs(q: Tensor, k: Tensor, spans: Tensor, packed: bool) -> int:
     return q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
 
 
-@register_flop_formula(torch.ops.zoo.softmax_attention_fwd, get_raw=True)
+@flop_formula(torch.ops.zoo.softmax_attention_fwd, get_raw=True)
 def _fwd_flops(
     q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float, causal: bool, packed: bool, *_: Any, **__: Any
 ) -> int:
     return 2 * _pairs(q, k, spans, packed) * (q.shape[3] + v.shape[3])
 
 
-@register_flop_formula(torch.ops.zoo.softmax_attention_bwd, get_raw=True)
+@flop_formula(torch.ops.zoo.softmax_attention_bwd, get_raw=True)
 def _bwd_flops(
     dy: Tensor,
     q: Tensor,

@@ -1,7 +1,7 @@
 """Backward of the gated RMS norm; the statistics are computed again, not stored.
 
-With n the normalised value and g its gradient, the gradient of what was normalised is (g - n mean(g n)) / rms. Sums over
-rows for the weight are kept per program and added up afterwards, so that every run gives the same bits.
+With n the normalised value and g its gradient, the gradient of what was normalised is (g - n mean(g n)) / rms. The
+weight's sums over rows are kept per program and added up afterwards, so that every run gives the same bits.
 """
 
 from __future__ import annotations

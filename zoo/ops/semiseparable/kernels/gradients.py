@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from zoo.ops.semiseparable.kernels.decay import (
-    CUT,
     at_end,
     chunk_decay,
     decay_from_start,
@@ -146,8 +145,7 @@ def key_gradient_kernel(
         if HAS_DECAY:
             carried = tl.sum(dk * k.to(tl.float32), axis=1)
             crossing += tl.cumsum(carried, axis=0) - carried
-            is_cut = tl.load(a_ptr + t * H + head, mask=in_seq, other=0.0) < CUT  # a factor of 0 stays 0
-            tl.store(da_ptr + t * H + head, tl.where(is_cut, 0.0, crossing), mask=in_seq)
+            tl.store(da_ptr + t * H + head, crossing, mask=in_seq)
         dscores *= pair_decay(coarse, fine, cuts, step, HAS_DECAY, True) * scale[:, None]
         dk += product(dscores, q, OPERAND)
         tl.store(dk_ptr + grad_at, dk, mask=store)

@@ -1,0 +1,88 @@
+"""Two ways to the same numbers, compared within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from sequence_mixer.conformance import budget
+from sequence_mixer.conformance.probes import Subject, plain_backend
+from sequence_mixer.mixer import SequenceMixer
+
+Values = dict[str, Tensor]
+Run = Callable[[SequenceMixer, Tensor], Tensor]
+Way = Callable[[Subject, SequenceMixer], Values]
+
+CANCELLATION = 1e-3  # a gradient this much smaller than the largest one is judged on the scale of this share of it
+
+
+def with_gradients(subject: Subject, mixer: SequenceMixer, x: Tensor, run: Run) -> Values:
+    """`run(mixer, x)` and the gradients of a fixed random weighting of it, of x and of every parameter."""
+    x = x.detach().clone().requires_grad_()
+    y = run(mixer, x)
+    cotangent = subject.random(y.shape, seed=99).to(y.dtype)
+    names = [name for name, parameter in mixer.named_parameters() if parameter.requires_grad]
+    wanted = [x, *(parameter for parameter in mixer.parameters() if parameter.requires_grad)]
+    found = torch.autograd.grad(y, wanted, cotangent, allow_unused=True)
+    values = {"output": y.detach()}
+    for name, tensor, gradient in zip(["x", *names], wanted, found, strict=True):
+        values[f"gradient of {name}"] = torch.zeros_like(tensor) if gradient is None else gradient.detach()
+    return values
+
+
+def agree(
+    subject: Subject, what: str, got: Mapping[str, Tensor], exact: Mapping[str, Tensor], plain: Mapping[str, Tensor]
+) -> None:
+    """Fail unless every tensor of `got` is as near to `exact` as the budget allows.
+
+    exact: float64 results. plain: results of the plain path in the subject's dtype, which set the allowance; empty if
+    both sides are float64 runs of the same computation.
+    """
+    gradients = [budget.rms(value) for name, value in exact.items() if name.startswith("gradient")]
+    least = CANCELLATION * max(gradients, default=0.0)
+    errors = sorted(budget.relative_rms(plain[name], exact[name], least) for name in plain)
+    usual = errors[len(errors) // 2] if errors else budget.SAME_FLOAT64
+    for name, value in got.items():
+        wanted = exact[name]
+        subject.require(
+            value.shape == wanted.shape, f"{what}: {name} has shape {list(value.shape)}, wanted {list(wanted.shape)}"
+        )
+        scale = least if name.startswith("gradient") else 0.0
+        verdict = budget.judge(value, wanted, plain.get(name), subject.dtype, plain_error=usual, scale=scale)
+        subject.require(verdict.ok, f"{what}: {name} differs, {verdict}")
+
+
+def compare(subject: Subject, what: str, actual: Way, expected: Way, *, seed: int = 0) -> None:
+    """Fail unless `actual(subject, mixer)` gives what `expected(subject, mixer)` gives.
+
+    In float64 both run on the automatic backend. In a narrower dtype the truth is `expected` in float64 from the same
+    rounded parameters and inputs, and the allowance is the error of `expected` on the plain backend.
+    """
+    mixer = subject.build(seed)
+    if subject.dtype == torch.float64:
+        agree(subject, what, actual(subject, mixer), expected(subject, mixer), {})
+        return
+    wide, exact_mixer = widened(subject, mixer)
+    plain = subject.build(seed)
+    plain.backend = plain_backend(subject.capabilities)
+    exact = expected(wide, exact_mixer)
+    agree(subject, what, actual(subject, mixer), exact, expected(subject, plain))
+
+
+def widened(subject: Subject, mixer: SequenceMixer) -> tuple[Subject, SequenceMixer]:
+    """The subject in float64 and a float64 mixer with exactly the values of `mixer`'s parameters and buffers."""
+    wide = subject.at(torch.float64)
+    exact = wide.build()
+    exact.load_state_dict(mixer.state_dict())
+    return wide, exact
+
+
+def largest_change(a: Tensor, b: Tensor) -> tuple[float, int]:
+    """Largest |a - b| of [B,T,D], and the first token t where it differs by more than 0 (T if nowhere)."""
+    difference = (a.detach() - b.detach()).abs().nan_to_num(nan=float("inf"))
+    if difference.numel() == 0:
+        return 0.0, a.shape[1]
+    changed = difference.amax(dim=(0, 2)).gt(0).nonzero()
+    return float(difference.max()), int(changed[0]) if len(changed) else a.shape[1]
