@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from sequence_mixer.shapes import set_debug as set_debug
     from zoo.build import create as create
     from zoo.build import from_reference as from_reference
-    from zoo.explain import explain as explain
+    from zoo.explanation import explain as explain
     from zoo.registry import describe as describe
     from zoo.registry import names as names
 
 _HOME = {
     "create": "zoo.build",
     "describe": "zoo.registry",
-    "explain": "zoo.explain",
+    "explain": "zoo.explanation",
     "from_reference": "zoo.build",
     "names": "zoo.registry",
     "set_debug": "sequence_mixer.shapes",

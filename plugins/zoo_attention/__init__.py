@@ -37,14 +37,14 @@ def capabilities_of(config: AttentionConfig) -> Capabilities:
     )
 
 
-def build(config: AttentionConfig) -> SequenceMixer:
+def _build(config: AttentionConfig) -> SequenceMixer:
     """The module of a config."""
     from zoo_attention.mixer import AttentionMixer
 
     return AttentionMixer(config, capabilities_of(config))
 
 
-def from_reference(
+def _from_reference(
     peer: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]
 ) -> tuple[AttentionConfig, dict[str, Tensor]]:
     """Config and weights equal to a reference module; see `zoo_attention.from_reference.convert`."""
@@ -53,33 +53,31 @@ def from_reference(
     return convert(peer, config, state_dict)
 
 
+_SMALL = {"d_model": 64, "n_heads": 4}
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "default": {"d_model": 64},
+    "multi_head": {**_SMALL, "bias": True},
+    "grouped": {**_SMALL, "n_kv_heads": 2, "rope": "interleaved"},
+    "multi_query": {**_SMALL, "n_kv_heads": 1, "rope": "none"},
+    "narrow_heads": {"d_model": 64, "n_heads": 3, "head_dim": 10, "scale": 0.2, "rope_base": 500.0},
+    "bidirectional": {**_SMALL, "causal": False},
+    "bidirectional_grouped": {**_SMALL, "n_kv_heads": 2, "causal": False, "bias": True, "rope": "none"},
+}
+
+
 @hookimpl
 def zoo_register_mixers() -> Sequence[MixerDef]:
     return [
         MixerDef(
             "attention",
             config=AttentionConfig,
-            build=build,
+            build=_build,
             capabilities_of=capabilities_of,
-            examples={
-                "default": {"d_model": 64},
-                "multi_head": {"d_model": 64, "n_heads": 4, "bias": True},
-                "grouped": {"d_model": 64, "n_heads": 4, "n_kv_heads": 2, "rope": "interleaved"},
-                "multi_query": {"d_model": 64, "n_heads": 4, "n_kv_heads": 1, "rope": "none"},
-                "narrow_heads": {"d_model": 64, "n_heads": 3, "head_dim": 10, "scale": 0.2, "rope_base": 500.0},
-                "bidirectional": {"d_model": 64, "n_heads": 4, "causal": False},
-                "bidirectional_grouped": {
-                    "d_model": 64,
-                    "n_heads": 4,
-                    "n_kv_heads": 2,
-                    "causal": False,
-                    "bias": True,
-                    "rope": "none",
-                },
-            },
-            source="Vaswani et al. 2017 (1706.03762); grouped heads: Ainslie et al. 2023 (2305.13245); rotary positions: "
-            "Su et al. 2021 (2104.09864)",
+            examples=EXAMPLES,
+            source="Vaswani et al. 2017 (1706.03762); grouped heads: Ainslie et al. 2023 (2305.13245); "
+            "rotary positions: Su et al. 2021 (2104.09864)",
             maintainer="The Mixer Zoo authors",
-            from_reference=from_reference,
+            from_reference=_from_reference,
         )
     ]

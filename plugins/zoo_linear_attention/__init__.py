@@ -41,14 +41,14 @@ def capabilities_of(config: LinearAttentionConfig) -> Capabilities:
     )
 
 
-def build(config: LinearAttentionConfig) -> SequenceMixer:
+def _build(config: LinearAttentionConfig) -> SequenceMixer:
     """The module of a config."""
     from zoo_linear_attention.mixer import LinearAttentionMixer
 
     return LinearAttentionMixer(config, capabilities_of(config))
 
 
-def from_reference(
+def _from_reference(
     peer: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]
 ) -> tuple[LinearAttentionConfig, dict[str, Tensor]]:
     """Config and weights equal to a reference module; see `zoo_linear_attention.from_reference.convert`."""
@@ -79,11 +79,11 @@ def zoo_register_mixers() -> Sequence[MixerDef]:
         MixerDef(
             "linear_attention",
             config=LinearAttentionConfig,
-            build=build,
+            build=_build,
             capabilities_of=capabilities_of,
             examples=EXAMPLES,
             source="Katharopoulos et al. 2020 (2006.16236); idiap/fast-transformers LinearAttention",
             maintainer="The Mixer Zoo authors",
-            from_reference=from_reference,
+            from_reference=_from_reference,
         )
     ]

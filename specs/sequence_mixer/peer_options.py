@@ -1,4 +1,4 @@
-"""Reading a reference module's constructor arguments and weights: everything is read, reproduced, or refused in words."""
+"""A reference module's constructor arguments and weights: each is read, and reproduced or refused in words."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PeerOptions:
         """Take an argument that is reproduced for some values only; `why` says what is missing for the others."""
         value = self.take(name, default)
         if not any(value is each or (type(value) is type(each) and value == each) for each in allowed):
-            given = "" if value != default else ", its default"
+            given = "" if value != default else ", its default,"
             wanted = " or ".join(map(repr, allowed))
             raise ReferenceMismatch(f"{self.peer}: {name}={value!r}{given} is not reproduced: {why}; wanted {wanted}")
         return value

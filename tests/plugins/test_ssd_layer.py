@@ -167,7 +167,6 @@ def test_learnt_initial_states_reach_every_sequence_and_get_gradients() -> None:
         before = mixer(x, cu_seqlens=torch.tensor([0, 2, 4]))
         mixer.init_states.zero_()
         after = mixer(x, cu_seqlens=torch.tensor([0, 2, 4]))
-    assert (before - after).abs().amin(-1).max() > 0
     assert ((before - after).abs().amax(-1) > 1e-6).all()
 
 
@@ -361,10 +360,10 @@ def test_triton_is_declared_exactly_where_its_kernels_serve() -> None:
     ("peer", "config", "told"),
     [
         ("Mamba3", {"d_model": 64}, "did you mean Mamba2"),
-        ("Mamba2", {"d_state": 64}, "lacks 'd_model'"),
+        ("Mamba2", {"d_state": 64}, "argument 'd_model' is missing"),
         ("Mamba2", {"d_model": 64, "process_group": "world"}, "process_group='world' is not reproduced"),
-        ("Mamba2", {"d_model": 64, "head_dim": 64}, "unknown option head_dim=64; did you mean headdim"),
-        ("Mamba2", {"d_model": 64, "learnable_init_states": True}, "unknown option learnable_init_states"),
+        ("Mamba2", {"d_model": 64, "head_dim": 64}, "argument 'head_dim' is not known; did you mean headdim"),
+        ("Mamba2", {"d_model": 64, "learnable_init_states": True}, "argument 'learnable_init_states' is not known"),
         ("Mamba2", {"d_model": 60}, "is not a multiple of head_dim=64"),
         ("Mamba2Simple", {"d_model": 64, "activation": "gelu"}, "activation='gelu' is not reproduced"),
         ("Mamba2Mixer", {"hidden_size": 64, "num_heads": 2, "n_groups": 1, "hidden_act": "relu"}, "hidden_act='relu'"),

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sequence_mixer.errors import ConfigError, DeviceError, UnsupportedCapability
 from zoo.build import create
-from zoo.explain import explain as explain_call
+from zoo.explanation import explain as explain_call
 from zoo.matrix_picture import block_ranks, draw_matrix
 from zoo.registry import registry
 

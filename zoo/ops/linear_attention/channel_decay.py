@@ -30,7 +30,8 @@ def scan_channels(
     phi_q, phi_k, log_decay [B,T,H,N], values [B,T,H,P], initial_state [S,H,N,P]; all in the accumulation dtype.
     Returns what the queries read, [B,T,H,P], and the final state [S,H,N,P].
     The decay between two tokens of a chunk is the exponential of its own sum, which no decay can make overflow; the
-    quotient exp(sum_i) / exp(sum_j) of the factored form can. Source: Yang et al. 2024 (gated linear attention), section 4.
+    quotient exp(sum_i) / exp(sum_j) of the factored form can.
+    Source: Yang et al. 2024 (gated linear attention), section 4.
     """
     batch, tokens, heads, width = phi_k.shape
     if tokens == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def backward_flops(dy: Sequence[int], q: Sequence[int], k: Sequence[int], v: Seq
     return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
 
 
-FORMULAS = {
+FORMULAS: dict[str, Callable[..., int]] = {
     "_scaled_dot_product_flash_attention_for_cpu": forward_flops,
     "_scaled_dot_product_flash_attention_for_cpu_backward": backward_flops,
 }

@@ -31,13 +31,19 @@ class Sizes:
 
 
 def sizes_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Sizes:
-    """A [CHUNK, BLOCK_N] tile of a dot operand stays within 32 KB: two stages of q and k fit in shared memory."""
+    """Blocks by width and dtype.
+
+    A [CHUNK, BLOCK_N] tile of a dot operand stays within 32 KB, so that two stages of q and k fit in shared memory.
+    IEEE float32 products run without tensor cores and hold their operands in registers: shorter chunks, more warps.
+    """
     B, T, H, P = v.shape
     G, N = q.shape[2:]
+    single = v.dtype == torch.float32
     operand_bytes = 2 if v.dtype == torch.bfloat16 else 4
     block_n = max(16, triton.next_power_of_2(N))
     block_p = min(64 if operand_bytes == 2 and block_n <= 128 else 32, max(16, triton.next_power_of_2(P)))
-    chunk = 64 if block_n * operand_bytes <= 512 else 32
+    chunk = 32 if single or block_n * operand_bytes > 512 else 64
+    warps = 8 if single and block_n >= 64 else 4
     if cu_seqlens is None:
         S, slots = B, B * triton.cdiv(T, chunk)
     else:
@@ -45,7 +51,7 @@ def sizes_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Sizes:
         slots = T // chunk + S
     constants = {"CHUNK": chunk, "BLOCK_N": block_n, "BLOCK_P": block_p, "OPERAND": OPERANDS[v.dtype]}
     blocks = constants | {"H": H, "J": H // G, "N": N, "P": P, "PACKED": cu_seqlens is not None}
-    return Sizes(T, H, S, slots, triton.cdiv(P, block_p), blocks | {"num_warps": 4, "num_stages": 2})
+    return Sizes(T, H, S, slots, triton.cdiv(P, block_p), blocks | {"num_warps": warps, "num_stages": 2})
 
 
 def flat(part: Tensor) -> Tensor:
