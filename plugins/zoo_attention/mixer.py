@@ -93,7 +93,7 @@ class AttentionMixer(SequenceMixer):
         biases = (self.heads + 2 * self.groups) * self.width + d_model if config.bias else 0
         parameters = d_model * columns + biases
         mixing = attention_flops(batch_size, length, length, self.heads, self.width)
-        state = 2 * batch_size * length * self.groups * self.width if config.causal else 0  # positions are no content
+        state = batch_size * (2 * length * self.groups * self.width + 1) if config.causal else 0  # + positions
         return Cost(
             flops=2 * batch_size * length * d_model * columns + mixing,
             bytes=(parameters + 2 * batch_size * length * d_model) * dtype.itemsize,

@@ -203,9 +203,7 @@ def test_padded_prompts_decode_like_their_rows(example: str, grad: bool, donate:
         outputs = [[part[real]] for part, real in zip(y, mask, strict=True)]
         more = [row[count:] for row, count in zip(rows, counts, strict=True)]
         for start in (0, 1):  # one token each, in rows of different lengths
-            y, state = mixer.extend(
-                torch.stack([row[start : start + 1] for row in more]), state, donate=donate
-            )
+            y, state = mixer.extend(torch.stack([row[start : start + 1] for row in more]), state, donate=donate)
             outputs = [[*parts, part] for parts, part in zip(outputs, y, strict=True)]
         pads = [(1, 0), (0, 1), (4, 0), (0, 4)]  # and a second padded piece
         x, mask = padded([row[2 : 7 - sum(pad)] for row, pad in zip(more, pads, strict=True)], pads)
@@ -372,9 +370,7 @@ def test_recorded_layers_come_back(name: str, backend: str, dtype: torch.dtype):
     if name == "softmax_ft_causal_steps":
         parts = attention_layer_parts(case.config["layer"]["d_model"])
     else:
-        parts = {
-            theirs: (theirs.replace("proj_", "proj."), slice(None)) for theirs in case.parameters()
-        }
+        parts = {theirs: (theirs.replace("proj_", "proj."), slice(None)) for theirs in case.parameters()}
     expect_recorded(case, mixer, dtype, parts)
 
 
@@ -437,8 +433,8 @@ def test_options_of_full_attention_that_we_lack_are_refused(
     given = {"layer": {"d_model": 8, "n_heads": 2}, "inner": {"attention_dropout": 0.0, "softmax_temp": 0.5}}
     made, _ = convert("AttentionLayer(FullAttention)", given, weights)
     assert made.scale == 0.5
+    changed = {"layer": given["layer"] | layer_changes, "inner": inner}
     with pytest.raises(ReferenceMismatch, match=said):
-        changed = {"layer": given["layer"] | layer_changes, "inner": inner}
         convert("AttentionLayer(FullAttention)", changed, weights)
     with pytest.raises(ReferenceMismatch, match="AttentionLayer\\(FullAttention\\)"):
         convert("AttentionLayer(FullAtention)", given, weights)

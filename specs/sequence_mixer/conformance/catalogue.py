@@ -1,4 +1,4 @@
-"""The list of checks: each is a plain function with a stable id, a clause of the contract, and a rule when it applies."""
+"""The list of checks: each is a function with a stable id, a clause of the contract, and a rule when it applies."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ def check_cost_predicts_the_flops(subject: Subject) -> None:
     if counted == 0 and told == 0:
         raise CheckSkipped("neither cost() nor torch's counter sees a FLOP")
     subject.require(
-        abs(told - counted) <= WITHIN * max(counted, 1), f"cost() says {told} FLOPs at T={tokens}, torch counts {counted}"
+        abs(told - counted) <= WITHIN * max(counted, 1),
+        f"cost() says {told} FLOPs at T={tokens}, torch counts {counted}",
     )
 
 
@@ -50,16 +51,17 @@ def check_cost_predicts_the_least_bytes(subject: Subject) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         told, least = mixer.cost(BATCH, tokens, dtype).bytes, elements * dtype.itemsize
         subject.require(
-            abs(told - least) <= WITHIN * least, f"cost() says {told} bytes in {dtype}, parameters and x, y take {least}"
+            abs(told - least) <= WITHIN * least,
+            f"cost() says {told} bytes in {dtype}, parameters and x, y take {least}",
         )
 
 
 @check("SM-14", applies=declares("stateful"))
 def check_cost_counts_the_state_exactly(subject: Subject) -> None:
-    """cost().state_elements is the number of elements of the floating leaves of the state after T tokens."""
+    """cost().state_elements is the number of elements of the state after T tokens, with just enough capacity."""
     mixer, tokens = subject.build(), subject.length(TOKENS)
     with torch.no_grad():
         _, state = mixer.extend(subject.input(BATCH, tokens), mixer.initial_state(BATCH, capacity=tokens))
-    counted = sum(leaf.numel() for leaf in state.leaves().values() if leaf.is_floating_point())
+    counted = sum(leaf.numel() for leaf in state.leaves().values())
     told = mixer.cost(BATCH, tokens, torch.float32).state_elements
     subject.require(told == counted, f"cost() says {told} state elements, the state has {counted}")

@@ -81,5 +81,6 @@ def check_capabilities_are_those_of_the_definition(subject: Subject) -> None:
     names = [spec.name for spec in able.backends]
     subject.require(len(set(names)) == len(names), f"a backend is declared twice: {', '.join(names)}")
     subject.require(
-        not able.max_length or "max_length" in type(subject.config).model_fields, "max_length is declared, not an option"
+        not able.max_length or "max_length" in type(subject.config).model_fields,
+        "max_length is declared, not an option",
     )

@@ -47,7 +47,7 @@ class LargestTensor(TorchDispatchMode):
     """Remembers the largest tensor that any operation inside made, in bytes of its storage."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,7 +132,8 @@ def check_the_state_grows_as_declared(subject: Subject) -> None:
     )
     most = 1.0 if constant else LINEAR
     subject.require(
-        grown[1] <= most * grown[0], f"the state grew from {grown[0]} to {grown[1]} bytes over T={sizes}, at most {most}x"
+        grown[1] <= most * grown[0],
+        f"the state grew from {grown[0]} to {grown[1]} bytes over T={sizes}, at most {most}x",
     )
 
 

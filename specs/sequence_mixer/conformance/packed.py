@@ -37,9 +37,7 @@ def check_packed_equals_separate(subject: Subject) -> None:
             lambda at, mixer, cu=cu_seqlens: with_gradients(  # type: ignore[misc]
                 at, mixer, at.input(1, total), lambda m, x: m(x, cu_seqlens=cu)
             ),
-            lambda at, mixer: with_gradients(
-                at, mixer, at.input(1, total), lambda m, x: separately(m, x, lengths)
-            ),
+            lambda at, mixer: with_gradients(at, mixer, at.input(1, total), lambda m, x: separately(m, x, lengths)),
         )
 
 

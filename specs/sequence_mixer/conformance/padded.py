@@ -43,12 +43,8 @@ def check_padded_equals_unpadded(subject: Subject) -> None:
     compare(
         subject,
         "a padded batch",
-        lambda at, mixer: with_gradients(
-            at, mixer, at.input(len(rows), tokens), lambda m, x: m(x, padding_mask=mask)
-        ),
-        lambda at, mixer: with_gradients(
-            at, mixer, at.input(len(rows), tokens), lambda m, x: unpadded(m, x, rows)
-        ),
+        lambda at, mixer: with_gradients(at, mixer, at.input(len(rows), tokens), lambda m, x: m(x, padding_mask=mask)),
+        lambda at, mixer: with_gradients(at, mixer, at.input(len(rows), tokens), lambda m, x: unpadded(m, x, rows)),
     )
 
 

@@ -141,7 +141,7 @@ def plain_backend(capabilities: Capabilities) -> str:
 def run_pieces(
     mixer: SequenceMixer, x: Tensor, pieces: Sequence[int], state: Any = None, *, donate: bool = False
 ) -> tuple[Tensor, Any]:
-    """`extend` over consecutive pieces of x, from `state` or the empty state. Returns all outputs and the last state."""
+    """`extend` over consecutive pieces of x, from `state` or the empty state. Returns outputs and the last state."""
     if state is None:
         state = mixer.initial_state(x.shape[0])
     outputs = []

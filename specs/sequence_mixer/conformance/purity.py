@@ -46,7 +46,7 @@ def check_inputs_are_not_modified(subject: Subject) -> None:
             mixer(value, **options)
         if able.stateful and "cu_seqlens" not in options:
             with torch.no_grad():
-                mixer.extend(value, mixer.initial_state(2), **options)
+                mixer.extend(value, mixer.initial_state(2), **options)  # type: ignore[arg-type]
         leaf = value.requires_grad_() if value.is_leaf else value.detach().requires_grad_()
         y = mixer(leaf, **options)
         torch.autograd.grad(y, leaf, given["cotangent"][: y.shape[0]])
@@ -129,7 +129,9 @@ def check_strides_do_not_matter(subject: Subject) -> None:
     (expanded,) = torch.autograd.grad(mixer(leaf), leaf, ones.expand(x.shape))
     (dense,) = torch.autograd.grad(mixer(leaf), leaf, torch.ones_like(x))
     worst = float((expanded - dense).abs().max())
-    subject.require(worst <= limit * float(dense.abs().max()), f"an expanded cotangent changes gradients by {worst:.2e}")
+    subject.require(
+        worst <= limit * float(dense.abs().max()), f"an expanded cotangent changes gradients by {worst:.2e}"
+    )
 
 
 @check("SM-9", applies=declares("stateful"), precision="both")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,7 +170,9 @@ def check_a_state_is_a_value(subject: Subject) -> None:
         subject.require(isinstance(state, State), f"the state is {type(state).__name__}, wanted a State")
         for name, leaf in state.leaves().items():
             subject.require(isinstance(leaf, Tensor), f"state.{name} is {type(leaf).__name__}, wanted a Tensor")
-            subject.require(leaf.dim() > 0 and leaf.shape[0] == 3, f"state.{name} {list(leaf.shape)}: batch is not first")
+            subject.require(
+                leaf.dim() > 0 and leaf.shape[0] == 3, f"state.{name} {list(leaf.shape)}: batch is not first"
+            )
             subject.require(not leaf.is_complex(), f"state.{name} is complex")
             subject.require(leaf.device == x.device, f"state.{name} is on {leaf.device}, the input on {x.device}")
         try:
@@ -189,6 +192,8 @@ def check_a_state_is_a_value(subject: Subject) -> None:
             "deepcopy": (copy.deepcopy(state), slice(None)),
             "index_select": (state.index_select(rows), rows),
         }
+        taken: Any
+        chosen: Any
         for what, (taken, chosen) in copies.items():
             got, _ = mixer.extend(x[chosen, half:], taken)
             worst = float((got - want[chosen]).abs().max())

@@ -55,5 +55,6 @@ def check_a_step_downhill_lowers_the_loss(subject: Subject) -> None:
                 parameter.sub_(rate * gradient)
         drop = float(loss) - float((mixer(x) - target).square().mean())
     subject.require(
-        abs(drop - rate * slope) <= 0.1 * rate * slope, f"a step should lower the loss by {rate * slope:.3e}, did {drop:.3e}"
+        abs(drop - rate * slope) <= 0.1 * rate * slope,
+        f"a step should lower the loss by {rate * slope:.3e}, did {drop:.3e}",
     )
