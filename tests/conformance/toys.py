@@ -1,4 +1,4 @@
-"""Two correct mixers in plain PyTorch: a gated linear recurrence that can do all, a bidirectional one that can do little."""
+"""Two correct mixers in plain PyTorch: a gated linear recurrence that can do all, and one that can do little."""
 
 from __future__ import annotations
 
