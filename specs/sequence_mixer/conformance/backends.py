@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sequence_mixer.conformance.catalogue import CheckSkipped, check
-from sequence_mixer.conformance.comparing import Values, agree, widened, with_gradients
+from sequence_mixer.conformance.comparing import Values, agree, require_precise, widened, with_gradients
 from sequence_mixer.conformance.probes import (
     Subject,
     boundaries,
@@ -79,6 +79,7 @@ def compare_backends(subject: Subject, specs: list[BackendSpec]) -> None:
     for what, case in cases(subject).items():
         exact = run_backend(wide, exact_mixer, reference, case)
         plain = run_backend(subject, mixer, BackendSpec(plain_name), case)
+        require_precise(subject, f"backend {plain_name}, {what}", plain, exact)
         if subject.dtype == torch.float64:
             plain = {}  # its own rounding is what the allowance in float64 is for
         for spec in specs:

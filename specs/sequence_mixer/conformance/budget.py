@@ -16,6 +16,10 @@ FLOOR_EPS = 4.0  # relative RMS floor in units of eps
 FLOOR_EPS_FLOAT64 = 64.0  # the reference itself is float64, so its own rounding is in the comparison
 SAME_FLOAT64 = 2.0**14 * torch.finfo(torch.float64).eps  # two orders of the same float64 sums, 3.6e-12
 
+# Most that the plain path itself may err, as the RMS of a whole layer's output and of its median gradient: the rounding
+# of float32 sums over a few hundred tokens, and of a handful of half-precision operands.
+PLAIN_CEILING = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
 
 def rms(value: Tensor) -> float:
     """Root mean square over all elements, in float64; 0 for an empty tensor."""

@@ -40,10 +40,8 @@ def agree(
     exact: float64 results. plain: results of the plain path in the subject's dtype, which set the allowance; empty if
     both sides are float64 runs of the same computation.
     """
-    gradients = [budget.rms(value) for name, value in exact.items() if name.startswith("gradient")]
-    least = CANCELLATION * max(gradients, default=0.0)
-    errors = sorted(budget.relative_rms(plain[name], exact[name], least) for name in plain)
-    usual = errors[len(errors) // 2] if errors else budget.SAME_FLOAT64
+    least = _least_scale(exact)
+    usual = usual_error(plain, exact) if plain else budget.SAME_FLOAT64
     for name, value in got.items():
         wanted = exact[name]
         subject.require(
@@ -52,6 +50,26 @@ def agree(
         scale = least if name.startswith("gradient") else 0.0
         verdict = budget.judge(value, wanted, plain.get(name), subject.dtype, plain_error=usual, scale=scale)
         subject.require(verdict.ok, f"{what}: {name} differs, {verdict}")
+
+
+def _least_scale(exact: Mapping[str, Tensor]) -> float:
+    gradients = [budget.rms(value) for name, value in exact.items() if name.startswith("gradient")]
+    return CANCELLATION * max(gradients, default=0.0)
+
+
+def usual_error(values: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+    """Median over the tensors of the relative RMS error: what one small tensor, a draw of few numbers, cannot tell."""
+    least = _least_scale(exact)
+    errors = sorted(budget.relative_rms(value, exact[name], least) for name, value in values.items())
+    return errors[len(errors) // 2]
+
+
+def require_precise(subject: Subject, what: str, plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> None:
+    """Fail if the plain path, whose error is the measure of the others, errs more than its dtype explains."""
+    ceiling = budget.PLAIN_CEILING[subject.dtype]
+    errors = {"output": budget.relative_rms(plain["output"], exact["output"]), "median": usual_error(plain, exact)}
+    for name, error in errors.items():
+        subject.require(error <= ceiling, f"{what}: {name} error {error:.2e} of the plain path is above {ceiling:.2e}")
 
 
 def compare(subject: Subject, what: str, actual: Way, expected: Way, *, seed: int = 0) -> None:

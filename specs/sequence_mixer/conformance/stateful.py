@@ -99,7 +99,7 @@ def check_old_states_stay_valid(subject: Subject) -> None:
                 kept.append(state)
             for index, piece in reversed(list(enumerate(x.split(tokens // 4 or 1, dim=1)))):
                 again, _ = mixer.extend(piece, kept[index])
-                worst = float((again - outputs[index]).abs().max())
+                worst = float((again.detach() - outputs[index]).abs().max())
                 limit = 1e3 * torch.finfo(subject.dtype).eps * float(outputs[index].abs().max())
                 subject.require(
                     worst <= limit, f"going back to state {index} gave other outputs than before, by {worst:.2e}"
@@ -249,10 +249,15 @@ def check_initial_state_takes_device_dtype_and_capacity(subject: Subject) -> Non
     x = subject.input(2, subject.length(9))
     with torch.no_grad():
         plain = mixer.initial_state(2)
-        given = mixer.initial_state(2, device=subject.device, dtype=subject.dtype, capacity=64)
-        for name, leaf in plain.leaves().items():
-            other = given.leaves()[name]
-            subject.require(leaf.device == subject.device, f"state.{name} is on {leaf.device}, the mixer elsewhere")
-            subject.require(leaf.dtype == other.dtype, f"state.{name}: default dtype {leaf.dtype}, asked {other.dtype}")
-        worst = float((mixer.extend(x, plain)[0] - mixer.extend(x, given)[0]).abs().max())
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            native = subject.at(dtype).build().initial_state(2)
+            asked = mixer.initial_state(2, device=subject.device, dtype=dtype)
+            for name, leaf in native.leaves().items():
+                other = asked.leaves()[name]
+                subject.require(leaf.device == subject.device, f"state.{name} is on {leaf.device}, the mixer elsewhere")
+                subject.require(
+                    leaf.dtype == other.dtype, f"state.{name} for dtype={dtype} is {other.dtype}, wanted {leaf.dtype}"
+                )
+        roomy = mixer.initial_state(2, capacity=64)
+        worst = float((mixer.extend(x, plain)[0] - mixer.extend(x, roomy)[0]).abs().max())
     subject.require(worst <= 1e-9, f"capacity changed the output by {worst:.2e}")

@@ -25,7 +25,7 @@ def compiled(subject: Subject, function: Callable[..., Any]) -> Callable[..., An
     def call(*arguments: Any) -> Any:
         try:
             return graph(*arguments)
-        except torch._dynamo.exc.Unsupported as reason:
+        except torch._dynamo.exc.TorchDynamoException as reason:
             first = next((line for line in str(reason).splitlines() if line.strip()), "graph break")
             subject.fail(f"torch.compile(fullgraph=True) broke the graph: {first}")
 
