@@ -264,4 +264,3 @@ class CutsLongInputs(Mean):
 class MakesATokenOfNothing(Toy):
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         return super().forward(x, **options) if x.shape[1] else x.new_zeros(x.shape[0], 1, x.shape[2])
-

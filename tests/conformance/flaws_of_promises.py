@@ -52,22 +52,21 @@ class ShowsASymmetricMatrix(Toy):
         return replace(form, build=lambda h: form.build(h) + form.build(h).mT.triu(1))
 
 
-@caught_by(
-    "the_matrix_depends_on_the_input_as_declared", "differ", capabilities=replace(CORRECT, data_dependent=False)
-)
+@caught_by("the_matrix_depends_on_the_input_as_declared", "differ", capabilities=replace(CORRECT, data_dependent=False))
 class SaysItIsTimeInvariant(Toy):
     pass
 
 
-@caught_by(
-    "strictly_lower_blocks_have_the_declared_rank", "has rank", capabilities=with_structures(Semiseparable(4))
-)
+@caught_by("strictly_lower_blocks_have_the_declared_rank", "has rank", capabilities=with_structures(Semiseparable(4)))
 class DeclaresTooSmallARank(Toy):
     pass
 
 
 @caught_by(
-    "the_matrix_has_the_declared_low_rank", "rank", config=MeanConfig, capabilities=replace(MEAN, structures=(LowRank(4),))
+    "the_matrix_has_the_declared_low_rank",
+    "rank",
+    config=MeanConfig,
+    capabilities=replace(MEAN, structures=(LowRank(4),)),
 )
 class DeclaresALowRank(Mean):
     pass
@@ -83,9 +82,7 @@ class DeclaresToeplitz(Mean):
     pass
 
 
-@caught_by(
-    "masked_factors_give_the_matrix", "not Toeplitz", capabilities=with_structures(Masked(Toeplitz(), 8))
-)
+@caught_by("masked_factors_give_the_matrix", "not Toeplitz", capabilities=with_structures(Masked(Toeplitz(), 8)))
 class DeclaresAToeplitzMask(Toy):
     pass
 
@@ -182,7 +179,7 @@ class DrawsANumber(Toy):
 @caught_by("strides_do_not_matter", "differs")
 class IgnoresStrides(Toy):
     def forward(self, x: Tensor, **options: Any) -> Tensor:
-        batch, tokens, width = x.shape
+        _batch, tokens, width = x.shape
         return super().forward(x.as_strided(x.shape, (tokens * width, width, 1)), **options)
 
 

@@ -42,7 +42,11 @@ def test_outcomes_under_pytest(pytester: pytest.Pytester) -> None:
 
         @parametrize_with_mixer_checks(
             [broken, mean, "no_such_mixer"],
-            checks=["a_prefix_gives_the_first_outputs", "outputs_depend_on_earlier_tokens", "backends_agree_in_float64"],
+            checks=[
+                "a_prefix_gives_the_first_outputs",
+                "outputs_depend_on_earlier_tokens",
+                "backends_agree_in_float64",
+            ],
             examples=["default"],
         )
         def test_conformance(check):

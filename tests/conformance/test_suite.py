@@ -17,7 +17,8 @@ from . import flaws_of_mixing, flaws_of_promises
 from .flaws import FLAWS, Flaw
 from .toys import Mean, MeanConfig, Toy, define
 
-assert flaws_of_mixing and flaws_of_promises  # importing them fills FLAWS
+assert flaws_of_mixing  # importing them fills FLAWS
+assert flaws_of_promises
 CORRECT = {"toy": define(), "toy_mean": define(Mean, config=MeanConfig)}
 
 
@@ -119,7 +120,9 @@ def test_the_report_says_what_ran_and_goes_to_json() -> None:
     assert {result["clause"] for result in stored["results"]} == {"SM-2", "SM-12"}
     assert steps[0][:2] == (0, len(report.results))
     assert steps[-1][:2] == (len(report.results), len(report.results))
-    with pytest.raises(CheckFailed, match=r"SM-2 outputs_depend_on_earlier_tokens \[default, float64\]: toy: no output"):
+    with pytest.raises(
+        CheckFailed, match=r"SM-2 outputs_depend_on_earlier_tokens \[default, float64\]: toy: no output"
+    ):
         report.raise_on_failure()
 
 
