@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -258,11 +257,6 @@ class ThawedConfig(ToyConfig):
     model_config = ConfigDict(frozen=False)
 
 
-class InfiniteConfig(ToyConfig):
-    model_config = ConfigDict(ser_json_inf_nan="constants")
-    limit: float = math.inf
-
-
 class NarrowConfig(ToyConfig):
     d_model: Count = Field(le=128)
 
@@ -271,7 +265,6 @@ for kind, check, says in (
     (OpenConfig, "unknown_keys_are_refused", "d_modle"),
     (LaxConfig, "whole_numbers_are_strict", "accepted"),
     (ThawedConfig, "a_config_is_frozen", "frozen"),
-    (InfiniteConfig, "config_json_and_yaml_round_trips", "Infinity"),
     (NarrowConfig, "defaults_serve_usual_widths", "d_model=192"),
 ):
     caught_by(check, says, config=kind, name=kind.__name__)(Toy)
