@@ -238,6 +238,13 @@ class ForgetfulConfig(ToyConfig):
     gain: float = Field(1.0, exclude=True)
 
 
+@caught_by(
+    "config_json_and_yaml_round_trips",
+    "did not give the config back",
+    config=ForgetfulConfig,
+    example={"gain": 2.0},
+    name="ForgetsInJson",
+)
 @caught_by("a_mixer_is_built_from_its_dumped_config", "gain", config=ForgetfulConfig, example={"gain": 2.0})
 class BuiltFromAForgetfulConfig(Toy):
     def __init__(self, config: Any, *arguments: Any) -> None:

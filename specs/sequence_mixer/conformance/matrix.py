@@ -63,12 +63,12 @@ def check_the_matrix_form_reproduces_the_output(subject: Subject) -> None:
 
     def applied(at: Subject, mixer: SequenceMixer) -> dict[str, Tensor]:
         form = mixer.matrix_form(at.input(2, tokens))
-        heads, matrix = form.n_heads, form.matrix
+        heads, matrix = form.n_heads, form.matrix.detach()
         wanted = [2, heads, tokens, tokens]
         at.require(list(matrix.shape) == wanted, f"matrix is {list(matrix.shape)}, wanted {wanted}")
         sizes = list(form.values.shape)
         at.require(len(sizes) == 4 and sizes[:3] == [2, tokens, heads], f"values is {sizes}, wanted [2,T,H,P]")
-        last = form.heads(slice(heads - 1, heads))
+        last = form.heads(slice(heads - 1, heads)).detach()
         worst = float((last - matrix[:, heads - 1 :]).abs().max())
         at.require(worst <= 1e-6 * float(matrix.abs().max()), f"heads(last) differs from matrix by {worst:.2e}")
         return {"output": form.apply().detach()}
