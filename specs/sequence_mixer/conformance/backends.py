@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sequence_mixer.conformance.catalogue import CheckSkipped, check
-from sequence_mixer.conformance.comparing import Values, agree, require_precise, widened, with_gradients
+from sequence_mixer.conformance.comparing import Draw, Values, agree, require_precise, widened, with_gradients
 from sequence_mixer.conformance.probes import (
     Subject,
     boundaries,
@@ -73,17 +73,26 @@ def run_backend(subject: Subject, mixer: SequenceMixer, spec: BackendSpec, case:
 def compare_backends(subject: Subject, specs: list[BackendSpec]) -> None:
     """Every backend of `specs` against the reference in float64 from the same rounded parameters and inputs."""
     plain_name = plain_backend(subject.capabilities)
-    mixer = subject.build()
-    wide, exact_mixer = widened(subject, mixer)
     reference = BackendSpec(reference_backend(subject.capabilities))
     for what, case in cases(subject).items():
-        exact = run_backend(wide, exact_mixer, reference, case)
-        plain = run_backend(subject, mixer, BackendSpec(plain_name), case)
+
+        def yardsticks(seed: int, case: Case = case) -> tuple[SequenceMixer, Values, Values]:
+            mixer = subject.build(seed)
+            exact = run_backend(*widened(subject, mixer), reference, case)
+            return mixer, exact, run_backend(subject, mixer, BackendSpec(plain_name), case)
+
+        mixer, exact, plain = yardsticks(0)
         require_precise(subject, f"backend {plain_name}, {what}", plain, exact)
         if subject.dtype == torch.float64:
             plain = {}  # its own rounding is what the allowance in float64 is for
         for spec in specs:
-            agree(subject, f"backend {spec.name}, {what}", run_backend(subject, mixer, spec, case), exact, plain)
+
+            def draw(seed: int, spec: BackendSpec = spec, case: Case = case) -> Draw:
+                mixer, exact, plain = yardsticks(seed, case)
+                return run_backend(subject, mixer, spec, case), exact, plain
+
+            got = run_backend(subject, mixer, spec, case)
+            agree(subject, f"backend {spec.name}, {what}", got, exact, plain, again=draw)
 
 
 @check("SM-8")

@@ -67,6 +67,8 @@ def plan(
     selected = chosen_checks(None if checks is None else list(checks))
     reasons = _known_failures(definition)
     where = torch.device(device)
+    if device == "cuda":  # tensors name the device by its number
+        where = torch.device("cuda", torch.cuda.current_device())
     for key in wanted:
         config = definition.example(key)
         capabilities = definition.capabilities_of(config)
