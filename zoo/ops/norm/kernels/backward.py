@@ -1,6 +1,7 @@
 """Backward of the gated RMS norm; the statistics are computed again, not stored.
 
-With n the normalised value and g its gradient, the gradient of what was normalised is (g - n mean(g n)) / rms. The
+With n the normalised value and g its gradient, the gradient of what was normalised is (g - n mean(g n)) / rms. In a
+group of one channel the difference is all cancellation: there 1 - n^2 = eps / rms^2, which is computed instead. The
 weight's sums over rows are kept per program and added up afterwards, so that every run gives the same bits.
 """
 
@@ -21,7 +22,7 @@ def _norm_bwd(
     dy_ptr, x_ptr, z_ptr, weight_ptr,  # [R,D] [R,D] [R,D] [D]
     dx_ptr, dz_ptr, partial_ptr,  # -> [R,D], [R,D], [row ranges,D]
     R, rows_per_program, groups, D, GROUP, eps, dy_stride_r, x_stride_r, z_stride_r,
-    HAS_GATE: tl.constexpr, NORM_FIRST: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_GATE: tl.constexpr, NORM_FIRST: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program owns one group of channels of a range of rows, and their share of the gradient of the weight."""
     part = (tl.program_id(0) // groups).to(tl.int64)
@@ -49,7 +50,10 @@ def _norm_bwd(
             dy = dy * gate
         dweight += dy * normal
         g = dy * weight
-        dvalue = (g - normal * (tl.sum(g * normal, axis=0) / GROUP)) * scale
+        if SINGLE:
+            dvalue = g * (eps * scale * scale) * scale
+        else:
+            dvalue = (g - normal * (tl.sum(g * normal, axis=0) / GROUP)) * scale
         if HAS_GATE:
             if not NORM_FIRST:
                 dgate = dvalue * x
@@ -78,6 +82,6 @@ def norm_backward(
         cotangents, values, gates, weight.contiguous(), dx, dz, partial,
         rows, rows_per_program, groups, channels, group_size, eps,
         cotangents.stride(0), values.stride(0), gates.stride(0),
-        HAS_GATE=z is not None, NORM_FIRST=norm_before_gate, BLOCK=block, num_warps=warps,
+        HAS_GATE=z is not None, NORM_FIRST=norm_before_gate, SINGLE=group_size == 1, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return dx, dz, partial.sum(0).to(weight.dtype)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.kernels.primitives import dot
+from zoo.ops.kernels.primitives import add_product, dot
 from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous, strides, tiles_of, widths
 
 
@@ -108,6 +108,7 @@ def _attention_bwd_dkdv(
     v = tl.load(v_at + col[:, None] * v_stride_t + pv[None, :], mask=in_k[:, None] & in_pv[None, :], other=0.0)
     dk = tl.zeros([BLOCK_K, BLOCK_P], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_PV], tl.float32)
+    dk_lost, dv_lost = dk, dv
     q_start = tile * 0
     if CAUSAL:  # the first query that sees the first key of this tile, rounded down to a tile
         q_start = tl.maximum(tile * BLOCK_K - offset, 0) // BLOCK_Q * BLOCK_Q
@@ -131,9 +132,9 @@ def _attention_bwd_dkdv(
                 sees = sees & (j[:, None] <= i[None, :] + offset)
             logits = tl.where(sees, dot(k, tl.trans(q)) * scale_log2, float("-inf"))
             weights = tl.exp2(logits - lse[None, :])  # [BLOCK_K, BLOCK_Q]
-            dv = dot(weights.to(dy.dtype), dy, dv)
+            dv, dv_lost = add_product(dv, dv_lost, weights.to(dy.dtype), dy)
             ds = weights * (dot(v, tl.trans(dy)) - delta[None, :])
-            dk = dot(ds.to(q.dtype), q, dk)
+            dk, dk_lost = add_product(dk, dk_lost, ds.to(q.dtype), q)
     dk_at = dk_ptr + s * dk_stride_b + group * dk_stride_h + col[:, None] * dk_stride_t + p[None, :]
     dv_at = dv_ptr + s * dv_stride_b + group * dv_stride_h + col[:, None] * dv_stride_t + pv[None, :]
     tl.store(dk_at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=in_k[:, None] & in_p[None, :])
