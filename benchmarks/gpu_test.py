@@ -1,7 +1,8 @@
-"""`make gpu-test`: kernel tests, conformance and a benchmark smoke on a CUDA device, in one go.
+"""`make gpu-test`: kernel tests, conformance, backends and a benchmark smoke on a CUDA device, in one go.
 
-Runs from a checkout with whatever python holds torch; nothing needs to be installed (PYTHONPATH is set here).
-Writes JSON and logs to $OUT, or benchmarks/results/<device>/ without it. Exits non-zero if anything is red.
+Runs from a checkout with whatever python holds torch; nothing needs to be installed (PYTHONPATH is set here). Tests run
+in parallel processes: most of their time is compilation. Writes JSON and logs to $OUT, or to
+benchmarks/results/<device>/ without it. Exits non-zero if anything is red.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
+STEPS = ("kernels", "conformance", "backends", "bench")
+TOLD = 3500  # characters of a step's log that are printed
 
 
 def environment() -> dict[str, str]:
     """The environment in which the checkout is importable and its entry points are found."""
     sys.path[:0] = [str(ROOT), str(ROOT / "specs"), str(ROOT / "plugins")]
     paths = [str(ROOT), str(ROOT / "specs"), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    own = {"ZOO_TEST_DEVICE": "cuda", "ZOO_TEST_DTYPES": "float32,bfloat16", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def write_entry_points() -> None:
@@ -45,10 +52,31 @@ def write_entry_points() -> None:
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
 
 
+def outcomes(report: Path) -> dict[str, Any]:
+    """Counts of a junit report, in all and by mixer and dtype, and every failure with its first line."""
+    counts: dict[str, Counter[str]] = {}
+    failures = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = case.get("name") or ""
+        verdict = next((part.tag for part in case if part.tag in ("failure", "error", "skipped")), "passed")
+        inside = re.search(r"\[(\w+)-.*?(-float32|-bfloat16|-float16)?\]$", name)
+        groups = ["all"]
+        if inside and "test_conformance[" in name:
+            groups.append(f"{inside[1]} {(inside[2] or '-float64')[1:]}")
+        for group in groups:
+            counts.setdefault(group, Counter())[verdict] += 1
+        if verdict in ("failure", "error"):
+            [told] = [part for part in case if part.tag == verdict]
+            failures[f"{case.get('classname')}::{name}"] = (told.get("message") or "")[:400]
+    return {"counts": {group: dict(found) for group, found in sorted(counts.items())}, "failures": failures}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--skip", action="append", default=[], choices=("kernels", "conformance", "bench"))
-    parser.add_argument("--mixer", action="append", help="mixers to check; all registered ones by default")
+    parser.add_argument("--only", action="append", choices=STEPS, help="steps to run; all by default")
+    parser.add_argument("--select", help="pytest -k expression for the two test steps")
+    parser.add_argument("--workers", type=int, default=max(2, (os.cpu_count() or 4) - 2))
+    parser.add_argument("--limit", type=int, default=1800, help="seconds that one step may take")
     options = parser.parse_args()
     env = environment()
     write_entry_points()
@@ -61,25 +89,33 @@ def main() -> int:
     device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / device)
     out.mkdir(parents=True, exist_ok=True)
-    python = [sys.executable]
+    test = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short", "-n", str(options.workers),
+            "--max-worker-restart=100", *(["-k", options.select] if options.select else [])]  # fmt: skip
     steps = {
-        "kernels": [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels", "-n", "4"],
-        "conformance": [*python, "-m", "zoo", "check", *(options.mixer or []), "--device", "cuda", "--dtype", "float32",
-                        "--dtype", "bfloat16", "--json", str(out / "conformance.json")],
-        "bench": [*python, "-m", "zoo", "bench", *(options.mixer or []), "--device", "cuda", "--length", "1024",
-                  "--length", "4096", "--length", "16384", "--out", str(out / "bench"), "--no-check", "--no-train"],
+        "kernels": [*test, "tests/kernels", f"--junitxml={out / 'kernels.xml'}"],
+        "conformance": [*test, "tests/test_conformance_mixers.py", f"--junitxml={out / 'conformance.xml'}"],
+        "backends": [sys.executable, "benchmarks/compare_backends.py", "--out", str(out / "backends.json")],
+        "bench": [sys.executable, "-m", "zoo", "bench", "--device", "cuda", "--length", "1024", "--length", "4096",
+                  "--length", "16384", "--out", str(out / "bench"), "--no-check", "--no-train"],
     }  # fmt: skip
-    outcome = {}
-    for name, command in steps.items():
-        if name in options.skip:
-            continue
+    outcome: dict[str, Any] = {}
+    for name in options.only or STEPS:
         start = time.time()
-        with (out / f"{name}.log").open("w") as log:
-            done = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
-        text = (out / f"{name}.log").read_text()
-        outcome[name] = {"exit": done.returncode, "seconds": round(time.time() - start, 1)}
-        print(f"== {name}: exit {done.returncode} after {outcome[name]['seconds']} s\n{text[-3500:]}", flush=True)
-    (out / "gpu_test.json").write_text(json.dumps({"device": device, "steps": outcome}, indent=1))
+        log_file = out / f"{name}.log"
+        with log_file.open("w") as log:
+            try:
+                code = subprocess.run(
+                    steps[name], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=options.limit
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = 124
+        outcome[name] = {"exit": code, "seconds": round(time.time() - start, 1)}
+        report = out / f"{name}.xml"
+        if report.exists():
+            outcome[name] |= outcomes(report)
+            report.unlink()
+        print(f"== {name}: exit {code} after {outcome[name]['seconds']} s\n{log_file.read_text()[-TOLD:]}", flush=True)
+        (out / "gpu_test.json").write_text(json.dumps({"device": device, "steps": outcome}, indent=1))
     return 0 if all(step["exit"] == 0 for step in outcome.values()) else 1
 
 

@@ -1,5 +1,8 @@
 """What every test stands on: one checkout, deterministic seeds, few threads."""
 
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +30,15 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _a_broken_gpu_context_ends_the_process() -> Iterator[None]:
+    """An illegal access makes every later CUDA call fail; pytest-xdist then names the test and starts a new process."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"the CUDA context is lost: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
