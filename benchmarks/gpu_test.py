@@ -89,8 +89,9 @@ def main() -> int:
     device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / device)
     out.mkdir(parents=True, exist_ok=True)
-    test = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short", "-n", str(options.workers),
-            "--max-worker-restart=100", *(["-k", options.select] if options.select else [])]  # fmt: skip
+    test = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
+    test += ["-n", str(options.workers), "--max-worker-restart=100"]
+    test += ["-k", options.select] if options.select else []
     steps = {
         "kernels": [*test, "tests/kernels", f"--junitxml={out / 'kernels.xml'}"],
         "conformance": [*test, "tests/test_conformance_mixers.py", f"--junitxml={out / 'conformance.xml'}"],

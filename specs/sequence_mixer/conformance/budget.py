@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_OVER_RMS = 20.0  # largest element error allowed, in units of the allowed RMS error
+MAX_OVER_RMS = 20.0  # largest element error allowed, in units of the allowed RMS error, or twice that of the plain path
 FLOOR_EPS = 4.0  # relative RMS floor in units of eps
 FLOOR_EPS_FLOAT64 = 64.0  # the reference itself is float64, so its own rounding is in the comparison
 SAME_FLOAT64 = 2.0**14 * torch.finfo(torch.float64).eps  # two orders of the same float64 sums, 3.6e-12
@@ -72,12 +72,18 @@ def judge(
         one draw of the error, and its neighbours tell more of it.
     scale: least RMS that errors are divided by, for a tensor that is zero but for cancellation.
     """
+    plain_worst = 0.0
     if plain is not None:
         plain_error = max(plain_error, relative_rms(plain, exact, scale))
+        plain_worst = largest_error(plain, exact, scale)
     allowed = 2.0 * max(plain_error, floor(dtype))
     error = relative_rms(value, exact, scale)
-    difference = (value.detach().double().cpu() - exact.detach().double().cpu()).abs()
-    scale = max(rms(exact), scale) or 1.0
-    worst = float(difference.max()) / scale if difference.numel() else 0.0
-    worst_allowed = MAX_OVER_RMS * allowed
+    worst = largest_error(value, exact, scale)
+    worst_allowed = max(MAX_OVER_RMS * allowed, 2.0 * plain_worst)
     return Verdict(error <= allowed and worst <= worst_allowed, error, allowed, worst, worst_allowed)
+
+
+def largest_error(value: Tensor, exact: Tensor, scale: float = 0.0) -> float:
+    """Largest |value - exact| in units of max(rms(exact), scale), absolute where that is 0; 0 for an empty tensor."""
+    difference = (value.detach().double().cpu() - exact.detach().double().cpu()).abs()
+    return float(difference.max()) / (max(rms(exact), scale) or 1.0) if difference.numel() else 0.0

@@ -31,6 +31,22 @@ def product(a, b, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def carry(state, lost, whole, written, OPERAND: tl.constexpr):
+    """state * whole + written, and what rounding took from the sum, for the next call to give back.
+
+    Kahan summation, in float32 only: without decay a state is the sum of all chunks. Half precision is far coarser.
+    """
+    if tl.float32 == OPERAND:
+        kept = state * whole
+        term = written - lost * whole
+        state = kept + term
+        lost = (state - kept) - term
+    else:
+        state = state * whole + written
+    return state, lost
+
+
+@triton.jit
 def token_range(sequence, cu_ptr, T, CHUNK: tl.constexpr, PACKED: tl.constexpr):
     """First token, end and first chunk slot of a sequence (int64); token numbers run over the flattened batch.
 

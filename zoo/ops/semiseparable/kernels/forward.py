@@ -7,6 +7,7 @@ import triton.language as tl
 
 from zoo.ops.semiseparable.kernels.decay import (
     at_end,
+    carry,
     chunk_decay,
     decay_from_start,
     decay_to_end,
@@ -48,6 +49,7 @@ def forward_kernel(
         state = tl.load(initial_ptr + state_at, mask=in_state, other=0.0)  # [BLOCK_N, BLOCK_P]
     else:
         state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    lost = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     for chunk in range(0, ((end - start + CHUNK - 1) // CHUNK).to(tl.int32)):
         t = start + chunk * CHUNK + step
         in_seq = t < end
@@ -67,5 +69,5 @@ def forward_kernel(
 
         to_end = decay_to_end(coarse, fine, cuts, step, CHUNK) * scale
         whole = at_end(decay_from_start(coarse, fine, cuts), step, CHUNK)
-        state = state * whole + product(tl.trans(k), v * to_end[:, None], OPERAND)
+        state, lost = carry(state, lost, whole, product(tl.trans(k), v * to_end[:, None], OPERAND), OPERAND)
     tl.store(final_ptr + state_at, state, mask=in_state)

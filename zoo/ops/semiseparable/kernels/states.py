@@ -7,6 +7,7 @@ import triton.language as tl
 
 from zoo.ops.semiseparable.kernels.decay import (
     at_end,
+    carry,
     chunk_decay,
     decay_from_start,
     decay_to_end,
@@ -51,6 +52,7 @@ def states_kernel(
         state = tl.load(first_ptr + ends_at, mask=in_state, other=0.0)  # [BLOCK_N, BLOCK_P]
     else:
         state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    lost = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     chunks = ((end - start + CHUNK - 1) // CHUNK).to(tl.int32)
     for count in range(0, chunks):
         if REVERSE:
@@ -70,6 +72,6 @@ def states_kernel(
         left = load_tokens(left_ptr, t, left_stride_t, n, in_seq, in_n)  # [CHUNK, BLOCK_N]
         right = load_tokens(right_ptr, t, right_stride_t, p, in_seq, in_p)  # [CHUNK, BLOCK_P]
         whole = at_end(decay_from_start(coarse, fine, cuts), step, CHUNK)
-        state = state * whole + product(tl.trans(left), right * weight[:, None], OPERAND)
+        state, lost = carry(state, lost, whole, product(tl.trans(left), right * weight[:, None], OPERAND), OPERAND)
     if STORE_LAST:
         tl.store(last_ptr + ends_at, state, mask=in_state)

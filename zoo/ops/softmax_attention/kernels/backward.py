@@ -2,6 +2,7 @@
 
 With w = softmax weights, dw = dy v^T and delta = sum(dy * y): ds = w (dw - delta), dq = scale ds k, dk = scale ds^T q,
 dv = w^T dy. The loop over queries builds w^T and ds^T directly, so that no accumulator is transposed. No atomics.
+The kernel of dq also writes delta, which the kernel of dk and dv reads.
 """
 
 from __future__ import annotations
@@ -18,17 +19,32 @@ from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous, strides, ti
 
 
 @triton.jit
+def _row_products(dy, y, BLOCK_Q: tl.constexpr):
+    """sum(dy * y) of each row [BLOCK_Q].
+
+    In float32 it is summed in the order of the product dy v^T, as its diagonal: a query that sees few keys has a y
+    close to their values, and what is left of dw - delta would be the difference of two orders of summation.
+    """
+    if dy.dtype == tl.float32:
+        row = tl.arange(0, BLOCK_Q)
+        sums = tl.sum(tl.where(row[:, None] == row[None, :], dot(dy, tl.trans(y)), 0.0), axis=1)
+    else:
+        sums = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
+    return sums
+
+
+@triton.jit
 def _attention_bwd_dq(
-    q_ptr, k_ptr, v_ptr, dy_ptr, lse_ptr, delta_ptr, dq_ptr,  # shapes as in the forward; delta like lse, dq like q
+    q_ptr, k_ptr, v_ptr, dy_ptr, y_ptr, lse_ptr, delta_ptr, dq_ptr,  # as in the forward; delta like lse, dq like q
     spans_ptr, tiles_ptr,  # [S,5] [2,M]
     S, M, scale, scale_log2,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
-    v_stride_b, v_stride_t, v_stride_h, dy_stride_b, dy_stride_t, dy_stride_h,
+    v_stride_b, v_stride_t, v_stride_h, dy_stride_b, dy_stride_t, dy_stride_h, y_stride_b, y_stride_t, y_stride_h,
     dq_stride_b, dq_stride_t, dq_stride_h, lse_stride_b, lse_stride_h,
     HEADS_PER_GROUP: tl.constexpr, P: tl.constexpr, PV: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
 ):  # fmt: skip
-    """One program owns the gradient of BLOCK_Q queries of one head of one sequence."""
+    """One program owns the gradient of BLOCK_Q queries of one head of one sequence, and their delta."""
     head = tl.program_id(1).to(tl.int64)
     group = head // HEADS_PER_GROUP
     s = tl.load(tiles_ptr + tl.program_id(0))
@@ -50,8 +66,11 @@ def _attention_bwd_dq(
     stat_at = s * lse_stride_b + head * lse_stride_h
     q = tl.load(q_at + row[:, None] * q_stride_t + p[None, :], mask=in_q[:, None] & in_p[None, :], other=0.0)
     dy = tl.load(dy_at + row[:, None] * dy_stride_t + pv[None, :], mask=in_q[:, None] & in_pv[None, :], other=0.0)
+    y_at = y_ptr + s * y_stride_b + head * y_stride_h
+    y = tl.load(y_at + row[:, None] * y_stride_t + pv[None, :], mask=in_q[:, None] & in_pv[None, :], other=0.0)
     lse = tl.load(lse_ptr + stat_at + row, mask=in_q, other=float("inf"))
-    delta = tl.load(delta_ptr + stat_at + row, mask=in_q, other=0.0)
+    delta = _row_products(dy, y, BLOCK_Q)
+    tl.store(delta_ptr + stat_at + row, delta, mask=in_q)
     dq = tl.zeros([BLOCK_Q, BLOCK_P], tl.float32)
     k_stop = k_length
     if CAUSAL:
@@ -155,7 +174,7 @@ def attention_backward(
     padded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; see `triton_path` for the arguments."""
-    dy, q, k, v = rows_contiguous(dy), rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    dy, y, q, k, v = (rows_contiguous(tensor) for tensor in (dy, y, q, k, v))
     lse = lse.contiguous()
     batch, queries, heads, channels = q.shape
     keys, groups, value_channels = v.shape[1:]
@@ -163,7 +182,7 @@ def attention_backward(
     dq = fresh(q.shape, dtype=q.dtype, device=q.device)
     dk = fresh(k.shape, dtype=k.dtype, device=k.device)
     dv = fresh(v.shape, dtype=v.dtype, device=v.device)
-    delta = (dy.to(torch.float32) * y.to(torch.float32)).sum(-1).transpose(1, 2).contiguous()  # [B,H,Tq]
+    delta = fresh(lse.shape, dtype=torch.float32, device=q.device)  # [B,H,Tq]
     block_p, block_pv = widths(channels), widths(value_channels)
     block, warps = _blocks(max(block_p, block_pv), q.element_size())
     sequences = spans.shape[0]
@@ -177,8 +196,8 @@ def attention_backward(
     scales = (scale, scale * math.log2(math.e))
     q_tiles, q_programs = tiles_of(spans[:, 1], batch * queries, block)
     _attention_bwd_dq[(q_programs, heads)](
-        q, k, v, dy, lse, delta, dq, spans, q_tiles, sequences, q_programs, *scales,
-        *input_strides, *strides(dq, packed), *stat_strides, **sizes,
+        q, k, v, dy, y, lse, delta, dq, spans, q_tiles, sequences, q_programs, *scales,
+        *input_strides, *strides(y, packed), *strides(dq, packed), *stat_strides, **sizes,
     )  # fmt: skip
     k_tiles, k_programs = tiles_of(spans[:, 3], batch * keys, block)
     _attention_bwd_dkdv[(k_programs, groups)](
