@@ -11,32 +11,59 @@ import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from zoo.ops.cauchy import cauchy_kernel as cauchy_kernel
     from zoo.ops.dispatch import record_dispatch as record_dispatch
     from zoo.ops.dispatch import register_backend as register_backend
     from zoo.ops.linear_attention import linear_attention as linear_attention
+    from zoo.ops.linformer_attention import linformer_attention as linformer_attention
+    from zoo.ops.long_convolution import long_convolution as long_convolution
+    from zoo.ops.lti import lti_scan as lti_scan
     from zoo.ops.norm import gated_rms_norm as gated_rms_norm
+    from zoo.ops.random_attention import random_attention as random_attention
+    from zoo.ops.selective_scan import selective_scan as selective_scan
     from zoo.ops.short_convolution import short_convolution as short_convolution
     from zoo.ops.softmax_attention import softmax_attention as softmax_attention
     from zoo.ops.ssd import ssd as ssd
+    from zoo.ops.state_space import state_space_scan as state_space_scan
+    from zoo.ops.synthetic_attention import synthetic_attention as synthetic_attention
+    from zoo.ops.token_mlp import token_mlp as token_mlp
 
 _HOME = {
+    "cauchy_kernel": "cauchy",
     "gated_rms_norm": "norm",
     "linear_attention": "linear_attention",
+    "linformer_attention": "linformer_attention",
+    "long_convolution": "long_convolution",
+    "lti_scan": "lti",
+    "random_attention": "random_attention",
     "record_dispatch": "dispatch",
     "register_backend": "dispatch",
+    "selective_scan": "selective_scan",
     "short_convolution": "short_convolution",
     "softmax_attention": "softmax_attention",
     "ssd": "ssd",
+    "state_space_scan": "state_space",
+    "synthetic_attention": "synthetic_attention",
+    "token_mlp": "token_mlp",
 }
 
 __all__ = [
+    "cauchy_kernel",
     "gated_rms_norm",
     "linear_attention",
+    "linformer_attention",
+    "long_convolution",
+    "lti_scan",
+    "random_attention",
     "record_dispatch",
     "register_backend",
+    "selective_scan",
     "short_convolution",
     "softmax_attention",
     "ssd",
+    "state_space_scan",
+    "synthetic_attention",
+    "token_mlp",
 ]
 
 

@@ -1,0 +1,63 @@
+"""Sizes of tiles, and how many programs share a sum over the length."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+PROGRAMS = 264  # two for each multiprocessor of an H100 or H200; a sum over the length is split until there are as many
+
+
+def power_of_two(size: int) -> int:
+    """Edge of a tile that holds `size`: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def split_length(tokens: int, programs: int, block: int) -> tuple[int, int]:
+    """(parts, tokens per part) of a sum over `tokens` that `programs` programs would do whole.
+
+    A part is a multiple of `block`, and four blocks at least, so that its result is worth writing.
+    """
+    wanted = max(1, min(-(-PROGRAMS // programs), tokens // (4 * block)))
+    span = -(-tokens // (wanted * block)) * block
+    return -(-tokens // span), span
+
+
+def project_tiles(rank: int, channels: int, element_size: int) -> dict[str, int]:
+    """Tiles [BLOCK_R,BLOCK_N] of E k, BLOCK_T tokens a step."""
+    edge = 128 if element_size == 2 else 64
+    block_r, block_n = min(edge, power_of_two(rank)), min(edge, power_of_two(channels))
+    warps = 8 if block_r * block_n >= 128 * 128 else 4
+    steps = (64, 3) if element_size == 2 else (32, 2)
+    return {"BLOCK_R": block_r, "BLOCK_N": block_n, "BLOCK_T": steps[0], "num_warps": warps, "num_stages": steps[1]}
+
+
+def attend_tiles(rank: int, width: int, element_size: int) -> dict[str, int]:
+    """Tiles of a program that holds all keys [BLOCK_R,BLOCK_P] for BLOCK_T queries.
+
+    A tile of scores takes at most 64 registers of a thread; with float32 operands, which go through registers, 16.
+    """
+    block_r, block_p = power_of_two(rank), power_of_two(width)
+    if element_size == 2:
+        block_t = max(16, min(128, 64 * 256 // max(block_r, block_p)))
+        warps = 8 if block_t * block_r >= 64 * 128 else 4
+    else:
+        block_t, warps = (16, 16) if block_r * block_p > 128 * 64 else (min(32, max(16, 16 * 256 // block_r)), 8)
+    return {"BLOCK_T": block_t, "BLOCK_R": block_r, "BLOCK_P": block_p, "num_warps": warps, "num_stages": 2}
+
+
+def gather_tiles(rank: int, width: int, element_size: int) -> dict[str, int]:
+    """Tiles of a program that gathers the gradients of BLOCK_R keys and values over queries, BLOCK_T at a time."""
+    block_p = power_of_two(width)
+    if element_size == 2:
+        edge, warps = (64, 4) if block_p <= 64 else (64, 8) if block_p <= 128 else (32, 8)
+    else:
+        edge, warps = (32, 8) if block_p <= 64 else (16, 8)
+    return {
+        "BLOCK_T": edge, "BLOCK_R": min(edge, power_of_two(rank)), "BLOCK_P": block_p,
+        "num_warps": warps, "num_stages": 2,
+    }  # fmt: skip
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if its last axis is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
