@@ -319,8 +319,8 @@ class SequenceMixer(nn.Module):
         if cu_seqlens is not None:
             self._require("varlen")
             expect_cu_seqlens(cu_seqlens, x.shape[1], x.shape[0])
-            if checks_values(cu_seqlens):
-                longest = int(cu_seqlens.diff().max())
+            # where values may not be looked at, T says nothing of the longest sequence; the mixer is left to notice
+            longest = int(cu_seqlens.diff().max()) if checks_values(cu_seqlens) else 0
         if padding_mask is not None:
             self._require("padding_mask")
             expect_padding_mask(padding_mask, x.shape[0], x.shape[1])

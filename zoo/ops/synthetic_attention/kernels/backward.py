@@ -1,0 +1,44 @@
+"""Backward of synthetic attention: weights come again from the log-sum-exp, and each kind of operand has its kernel.
+
+With w = softmax weights, dw = dy v^T and delta = sum_j w dw = sum_p dy y, the gradient of the logits is
+ds = w (dw - delta). Then dq = ds k, dk = ds^T q, dv = w^T dy; dleft_i[r] and dright_i[c] sum ds times the other factor
+over the keys of row r and column c; the table gathers ds over the sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous
+from zoo.ops.synthetic_attention.kernels.backward_keys import backward_keys
+from zoo.ops.synthetic_attention.kernels.backward_queries import backward_queries, row_deltas
+from zoo.ops.synthetic_attention.kernels.backward_table import backward_table
+from zoo.ops.synthetic_attention.kernels.operands import operands
+
+
+def synthetic_backward(
+    dy: Tensor,
+    v: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    table: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    y: Tensor,
+    lse: Tensor,
+    spans: Tensor,
+    causal: bool,
+    packed: bool,
+    of_table: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of v, q, k, table, left and right; see `triton_path` for the arguments."""
+    given, dy, lse = operands(v, q, k, table, left, right), rows_contiguous(dy), lse.contiguous()
+    delta = row_deltas(given, dy, y, lse, spans, causal, packed)
+    shared = (given, dy, lse, delta, spans, causal, packed)
+    dq, dleft, dright = backward_queries(*shared)
+    dk, dv = backward_keys(*shared)
+    dtable = torch.empty(0, dtype=torch.float32, device=v.device)
+    if of_table and table is not None:
+        dtable = backward_table(*shared)
+    return dv, dq, dk, dtable, dleft, dright
