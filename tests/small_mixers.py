@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -102,14 +101,3 @@ def zoo_register_mixers() -> list[MixerDef]:
                  examples={"default": {"d_model": 64}})
         for name in NAMES
     ]  # fmt: skip
-
-
-def install(folder: Path) -> None:
-    """Write the metadata of a distribution that brings these mixers, for `folder` on the import path."""
-    about = folder / "small_mixers-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: small-mixers\nVersion: 1.0\n")
-    entries = "".join(f"{name} = small_mixers\n" for name in NAMES)
-    (about / "entry_points.txt").write_text(
-        f"[zoo.mixers]\n{entries}\n[zoo.contract]\nsmall-mixers = sequence_mixer:v1_0\n"
-    )

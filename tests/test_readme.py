@@ -23,3 +23,16 @@ def test_every_linked_file_exists() -> None:
     for name in ("README.md", "CONTRIBUTING.md"):
         for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
             assert link.startswith("http") or (ROOT / link).exists(), f"{name}: {link}"
+
+
+def test_every_command_and_make_target_it_names_exists() -> None:
+    from zoo.cli import app
+
+    text = (ROOT / "README.md").read_text()
+    commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    named = set(re.findall(r"\bzoo ([a-z]+)\b", re.sub(r"import torch, zoo", "", text)))
+    assert named
+    assert named <= commands
+    assert commands <= named, "a command is missing in the README"
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE)) <= targets

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from zoo.registry import registry
+
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Device, versions and commit, as they are stored beside every result."""
@@ -20,7 +22,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "mixer-zoo": _version("mixer-zoo"),
+        "distributions": distributions(),
         "commit": commit(),
     }
     if device.type == "cuda":
@@ -40,9 +42,16 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def distributions() -> dict[str, str]:
+    """Versions of the installed distributions that bring mixers."""
+    return {claim.distribution: claim.version for claim in registry.claims()}
+
+
 def commit() -> str:
     """Commit of the checkout this package runs from, with "+changes" if it is not clean; "" outside a checkout."""
     root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # an installed package lies below some other checkout, if any
+        return ""
     try:
         found = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--exclude=*"],

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Any
 
 import torch
 
-from sequence_mixer.errors import MixerError
-from zoo.bench.cases import Sizes
+from sequence_mixer.errors import ConfigError
+from zoo.bench.cases import Sizes, config_of
+from zoo.bench.store import DONE, SKIPPED
 from zoo.registry import registry
+from zoo.tasks.text_corpus import Corpus
+
+LABEL = "smoke run: too short to rank mixers"
 
 
-def smoke_run(name: str, sizes: Sizes, device: torch.device) -> dict[str, Any]:
+class _TooSlow(Exception):
+    """The run would take longer than it may. seconds: what it would take."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
+def smoke_run(
+    name: str, sizes: Sizes, device: torch.device, corpus: Corpus | None = None, limit: float = math.inf
+) -> dict[str, Any]:
     """Train a two-layer byte model of this mixer for a few steps; bits per byte on held-out files.
 
-    A mixer that cannot model language (not causal) gets a reason instead of a number.
+    A mixer that is not causal by default is trained with `causal=True` if it has that option; one that has not gets
+    a reason instead of a number, as does one that would take longer than `limit` seconds.
+    corpus: Python's standard library by default. Raises what a broken mixer raises.
     """
     from zoo.training import TrainConfig, train_language_model
 
-    row: dict[str, Any] = {"mixer": name, "label": "smoke run: too short to rank mixers"}
-    if not registry.definition(name).capabilities.causal:
-        return {**row, "reason": "not causal"}
-    fields = registry.definition(name).config.model_fields
-    options: dict[str, Any] = {"name": name}
-    if "max_length" in fields:
-        options["max_length"] = sizes.train_context
+    row: dict[str, Any] = {"mixer": name, "kind": "smoke run", "label": LABEL, "outcome": DONE}
+    options = _layer(name, sizes)
+    if options is None:
+        return {**row, "reason": "cannot be causal"}
+    if limit <= 0:
+        return {**row, "outcome": SKIPPED, "reason": "the time of the run is up"}
     try:
         config = TrainConfig.of(
             model={"d_model": sizes.train_width, "layers": [options, options]},
@@ -32,16 +48,47 @@ def smoke_run(name: str, sizes: Sizes, device: torch.device) -> dict[str, Any]:
             batch_size=8,
             steps=sizes.train_steps,
             warmup_steps=sizes.train_steps // 10,
+            learning_rate=4e-3,
             eval_every=0,
             device=str(device),
         )
-        result = train_language_model(config)
-    except MixerError as error:
+    except ConfigError as error:
         return {**row, "reason": str(error)}
+    first: list[float] = []  # when the first step was over; what came before it is paid once
+
+    def judge(report: Any) -> None:
+        now = time.monotonic()
+        first.append(now)
+        steps = report.step - 1
+        if steps >= 2:  # one alone may be out of line
+            foreseen = (now - first[0]) * report.steps / steps
+            if foreseen > limit:
+                raise _TooSlow(foreseen)
+
+    try:
+        result = train_language_model(config, judge, corpus=corpus)
+    except _TooSlow as slow:
+        told = f"{sizes.train_steps} steps take {slow.seconds:.0f} s, {limit:.0f} s are left for them"
+        return {**row, "outcome": SKIPPED, "reason": told}
     return {
         **row,
         "bits_per_byte": result.bits_per_byte,
         "steps": sizes.train_steps,
+        "causal_by_option": "causal" in options,
         "tokens_per_second": result.tokens_per_second,
         "losses": result.losses,
     }
+
+
+def _layer(name: str, sizes: Sizes) -> dict[str, Any] | None:
+    """Config of a causal layer, or None if the mixer has none."""
+    fields = registry.definition(name).config.model_fields
+    options: dict[str, Any] = {"name": name}
+    if "max_length" in fields:
+        options["max_length"] = sizes.train_context
+    default = config_of(name, sizes.train_width, sizes.train_context)
+    if not registry.definition(name).capabilities_of(default).causal:
+        if "causal" not in fields:
+            return None
+        options["causal"] = True
+    return options

@@ -6,6 +6,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from sequence_mixer.errors import MixerError
 from zoo.cli.bench import bench
@@ -32,12 +33,15 @@ def main() -> None:
     try:
         app()
     except MixerError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {_escaped(error)}")
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}")
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"[red]error:[/red] {escape(f'{error.filename}: {error.strerror}')}"
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         sys.exit(130)
-
-
-def _escaped(error: MixerError) -> str:
-    return str(error).replace("[", r"\[")

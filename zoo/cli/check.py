@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -75,5 +76,5 @@ def _print_report(name: str, report: Any, verbose: bool) -> None:
     if shown:
         table = Table("check", "example", "dtype", "status", "message")
         for result in shown:
-            table.add_row(result.check, result.example, result.dtype, result.status, result.message.replace("[", r"\["))
+            table.add_row(result.check, result.example, result.dtype, result.status, escape(result.message))
         console.print(table)

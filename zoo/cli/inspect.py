@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sequence_mixer.errors import ConfigError, DeviceError, UnsupportedCapability
@@ -70,6 +71,9 @@ def matrix(
     capabilities = definition.capabilities_of(config)
     if not capabilities.matrix_form:
         raise UnsupportedCapability(name, "matrix_form")
+    path = out or Path(f"{name}-matrix.png")
+    if not path.parent.is_dir():
+        raise ConfigError(f"the folder {path.parent} for --out does not exist")
     torch.manual_seed(seed)
     mixer = create(config).double()
     limit = getattr(config, "max_length", None)
@@ -82,8 +86,7 @@ def matrix(
     table = Table("rows from", "rank of the block below", "declared")
     declared = ", ".join(str(structure) for structure in capabilities.structures)
     for index, (row, rank) in enumerate(ranks):
-        table.add_row(str(row), str(rank), declared.replace("[", r"\[") if index == 0 else "")
+        table.add_row(str(row), str(rank), escape(declared) if index == 0 else "")
     console.print(table)
-    path = out or Path(f"{name}-matrix.png")
     draw_matrix(picture, ranks, f"{name} ({example}), head {head}, T = {tokens}", path)
     console.print(f"wrote {path}", markup=False)

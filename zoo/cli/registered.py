@@ -6,7 +6,9 @@ import json
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from zoo.mixer_table import mixer_rows
@@ -23,16 +25,15 @@ def list_mixers(
     if as_json:
         print(json.dumps({"mixers": rows, "failures": failures}, indent=2))
         return
-    table = Table("mixer", "direction", "decodes", "packs", "pads", "structure", "backends", "source")
+    table = _table("mixer", "direction", "can", "mixing matrix", "backends", whole=(0, 1, 3))
     for row in rows:
-        yes = {True: "yes", False: "-"}
-        table.add_row(
-            row["name"], row["direction"], yes[row["stateful"]], yes[row["varlen"]], yes[row["padding_mask"]],
-            row["structure"], ", ".join(row["backends"]), row["source"],
-        )  # fmt: skip
+        abilities = {"decode": row["stateful"], "pack": row["varlen"], "pad": row["padding_mask"]}
+        can = ", ".join(word for word, able in abilities.items() if able) or "-"
+        structures = row["structure"].replace(", ", "\n")
+        table.add_row(row["name"], row["direction"], can, structures, ", ".join(row["backends"]))
     console.print(table)
     for name, why in failures.items():
-        console.print(f"[red]{name}[/red] did not load: {why}", markup=True)
+        console.print(f"[red]{name}[/red] did not load: {escape(why)}")
 
 
 def show(
@@ -46,11 +47,11 @@ def show(
         print(json.dumps(schema, indent=2))
         return
     console.print(f"[bold]{definition.name}[/bold]  {definition.source}  ({definition.status})")
-    options = Table("option", "type", "default", "meaning")
+    options = _table("option", "type", "default", "meaning", whole=(0,))
     for key, field in definition.config.model_fields.items():
         default = "required" if field.is_required() else repr(field.default)
         kind = getattr(field.annotation, "__name__", None) or str(field.annotation)
-        options.add_row(key, kind.replace("typing.", ""), default, field.description or "")
+        options.add_row(key, escape(kind.replace("typing.", "")), escape(default), escape(field.description or ""))
     console.print(options)
     capabilities = definition.capabilities
     flags = ("causal", "bidirectional", "stateful", "varlen", "padding_mask", "max_length", "matrix_form",
@@ -68,13 +69,13 @@ def plugins(
 ) -> None:
     """List the plugins: where each comes from, whether it loads, and why not. Exits 1 if one failed."""
     rows = registry.plugins()
-    table = Table("plugin", "distribution", "contract", "mixers", "status", "reason")
+    table = _table("plugin", "distribution", "contract", "mixers", "status", "reason", whole=(0, 3))
     for row in rows:
         colour = {"loaded": "green", "failed": "red", "off": "yellow"}[row.status]
-        table.add_row(
-            row.package, f"{row.distribution} {row.version}", row.contract or "none", ", ".join(row.names),
-            f"[{colour}]{row.status}[/{colour}]", row.reason.replace("[", r"\["),
-        )  # fmt: skip
+        contract = row.contract.removeprefix("sequence_mixer:") or "none"
+        status = f"[{colour}]{row.status}[/{colour}]"
+        about = f"{row.distribution} {row.version}"
+        table.add_row(row.package, about, contract, ", ".join(row.names), status, escape(row.reason))
     console.print(table)
     if trace:
         for row in rows:
@@ -82,3 +83,11 @@ def plugins(
                 console.print(f"\n{row.package}:\n{row.trace}", markup=False)
     if any(row.status == "failed" for row in rows):
         raise typer.Exit(1)
+
+
+def _table(*headings: str, whole: tuple[int, ...]) -> Table:
+    """A table for a terminal of 80 columns; the columns in `whole` are never broken, the others where they must."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, no_wrap=index in whole, overflow="fold")
+    return table

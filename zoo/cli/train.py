@@ -67,14 +67,18 @@ def train(
         if not console.is_terminal and (report.step % every == 0 or report.step == report.steps):
             console.print(f"step {report.step}/{report.steps}: {told}")
 
-    with progress:
-        result = train_language_model(
-            settings,
-            show,
-            out=folder,
-            resume=resume,
-            on_note=lambda line: console.print(line, markup=False),
-        )
+    try:
+        with progress:
+            result = train_language_model(
+                settings,
+                show,
+                out=folder,
+                resume=resume,
+                on_note=lambda line: console.print(line, markup=False),
+            )
+    except KeyboardInterrupt:
+        console.print(f"interrupted; the same command goes on from the last checkpoint in {folder}", markup=False)
+        raise typer.Exit(130) from None
     console.print(
         f"{result.bits_per_byte:.4f} bits per byte on {result.evaluated_bytes:,} held-out bytes after "
         f"{result.steps} steps ({result.tokens_per_second:,.0f} tokens/s); see {folder}",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sequence_mixer.errors import MixerError
-from zoo.training.durable import sync_folder, write_synced
+from zoo.durable import sync_folder, write_synced
 
 FORMAT = 1
 KEPT = 2

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sequence_mixer.errors import MixerError
+from zoo.durable import write_file
 from zoo.models.language_model import LanguageModel
 from zoo.tasks.text_corpus import Corpus, load_corpus
 from zoo.training.checkpoint import Checkpoint, CheckpointError, restore, snapshot
-from zoo.training.durable import write_file
 from zoo.training.optimiser import learning_rate, make_optimiser, set_learning_rate
 from zoo.training.run_folder import CURVE, RESULT, RunFolder
 from zoo.training.seeds import derived_generator, derived_seed

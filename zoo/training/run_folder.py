@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from zoo.durable import hold_lock, sync_folder, write_file
 from zoo.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -19,7 +20,6 @@ from zoo.training.checkpoint import (
     load_newest,
     save_checkpoint,
 )
-from zoo.training.durable import sync_folder, write_file
 
 RUN, METRICS, RESULT, CURVE, CHECKPOINTS, LOCK = (
     "run.json", "metrics.jsonl", "result.json", "curve.png", "checkpoints", "run.lock",
@@ -142,14 +142,8 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            return
-        self._lock = open(self.path / LOCK, "w", encoding="utf-8")  # noqa: SIM115 held until close()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
+            self._lock = hold_lock(self.path / LOCK)
+        except BlockingIOError:
             raise CheckpointError(f"another process is training in {self.path}; wait, or take another --out") from None
 
     def _set_aside(self) -> None:

@@ -1,9 +1,10 @@
-"""Files that are whole or absent, whatever interrupts the writing: temporary name, fsync, atomic rename."""
+"""Files that are whole or absent, whatever interrupts the writing: temporary name, fsync, atomic rename; and locks."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import IO
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -32,3 +33,21 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def hold_lock(path: Path) -> IO[str] | None:
+    """The lock file `path`, locked until it is closed or the process ends; None where the system has no such locks.
+
+    Raises BlockingIOError if another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = open(path, "w", encoding="utf-8")  # noqa: SIM115 the caller closes it
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise BlockingIOError(f"{path} is locked by another process") from None
+    return file
