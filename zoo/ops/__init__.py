@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from zoo.ops.linformer_attention import linformer_attention as linformer_attention
     from zoo.ops.long_convolution import long_convolution as long_convolution
     from zoo.ops.lti import lti_scan as lti_scan
+    from zoo.ops.lti_attention import lti_attention as lti_attention
     from zoo.ops.norm import gated_rms_norm as gated_rms_norm
     from zoo.ops.random_attention import random_attention as random_attention
     from zoo.ops.selective_scan import selective_scan as selective_scan
@@ -34,6 +35,7 @@ _HOME = {
     "linear_attention": "linear_attention",
     "linformer_attention": "linformer_attention",
     "long_convolution": "long_convolution",
+    "lti_attention": "lti_attention",
     "lti_scan": "lti",
     "random_attention": "random_attention",
     "record_dispatch": "dispatch",
@@ -53,6 +55,7 @@ __all__ = [
     "linear_attention",
     "linformer_attention",
     "long_convolution",
+    "lti_attention",
     "lti_scan",
     "random_attention",
     "record_dispatch",

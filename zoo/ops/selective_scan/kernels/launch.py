@@ -1,0 +1,189 @@
+"""Launches the forward kernels of the selective scan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from zoo.ops.selective_scan import triton_path
+from zoo.ops.selective_scan.kernels.carry import carry_kernel, link_kernel
+from zoo.ops.selective_scan.kernels.forward import scan_kernel
+from zoo.ops.selective_scan.kernels.tuning import Blocks, blocks_for, segment_length
+from zoo.ops.semiseparable.kernels.launch import contiguous, on_device
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Sequences cut into pieces of `size` tokens, `total` in all.
+
+    each: pieces of a sequence that is not packed. owner: int64 [total], the sequence of each piece of a packed row.
+    """
+
+    size: int
+    each: int
+    total: int
+    owner: Tensor | None
+
+
+def cut(tokens: int, sequences: int, size: int, cu_seqlens: Tensor | None) -> Pieces:
+    """Cut every sequence at each `size` tokens; see `span_of` for the numbers of the pieces."""
+    if cu_seqlens is None:
+        each = triton.cdiv(tokens, size)
+        return Pieces(size, each, sequences * each, None)
+    total = tokens // size + sequences
+    sequence = torch.arange(sequences, device=cu_seqlens.device)
+    first = cu_seqlens[:-1].long() // size + sequence
+    owner = torch.searchsorted(first, torch.arange(total, device=cu_seqlens.device), right=True) - 1
+    return Pieces(size, 0, total, owner)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call, laid out for the kernels; `segments` are what one program runs through."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    dt_softplus: bool
+    sequences: int
+    segments: Pieces
+    blocks: Blocks
+
+    @property
+    def split(self) -> bool:
+        """True if a sequence may have several segments."""
+        return self.segments.size < self.x.shape[1]
+
+    @property
+    def programs(self) -> int:
+        """Programs of a pass over all segments."""
+        groups = self.B.shape[2]
+        return self.segments.total * groups * int(triton.cdiv(self.x.shape[2] // groups, self.blocks.e))
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Constants that the kernels over segments share."""
+        return {
+            "E": self.x.shape[2], "G": self.B.shape[2], "N": self.B.shape[3], "PACKED": self.cu_seqlens is not None,
+            "HAS_BIAS": self.dt_bias is not None, "SOFTPLUS": self.dt_softplus, "CHUNK": triton_path.CHUNK,
+            "TILE": self.blocks.tile, "BLOCK_N": self.blocks.n, "BLOCK_E": self.blocks.e, "num_warps": 1,
+        }  # fmt: skip
+
+
+def prepare(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+) -> Call:
+    batch, tokens, channels = x.shape
+    groups, state = B.shape[2:]
+    blocks = blocks_for(state)
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    cu_seqlens = contiguous(cu_seqlens)
+    rows = batch if cu_seqlens is None else 1
+    size = segment_length(rows, tokens, groups * int(triton.cdiv(channels // groups, blocks.e)))
+    gate = None if z is None else flat(z)
+    A, D, dt_bias = single(A), None if D is None else single(D), None if dt_bias is None else single(dt_bias)
+    return Call(
+        flat(x), flat(dt), A, flat(B), flat(C), D, gate, dt_bias, contiguous(initial_state), cu_seqlens, dt_softplus,
+        sequences, cut(tokens, sequences, size, cu_seqlens), blocks,
+    )  # fmt: skip
+
+
+def flat(part: Tensor) -> Tensor:
+    """`part` [B,T,...] itself if its last axis is contiguous and token t of row b lies at b T + t; else a copy."""
+    rows = part.shape[0] == 1 or part.stride(0) == part.shape[1] * part.stride(1)
+    return part if rows and part.stride(-1) == 1 else part.contiguous()
+
+
+def single(part: Tensor) -> Tensor:
+    """`part` contiguous in float32."""
+    return part.to(torch.float32).contiguous()
+
+
+def arriving(call: Call, value: Tensor, key: Tensor, given: Tensor | None, *, reverse: bool) -> Tensor:
+    """State at the start of every segment, or its gradient at the end, [segments,E,N] float32.
+
+    value, key: x and B, or dy and C in reverse. given: initial states or gradients of the final ones [S,E,N].
+    """
+    channels, state = call.x.shape[2], call.B.shape[3]
+    segments = call.segments
+    carried = torch.empty((segments.total, channels, state), dtype=torch.float32, device=value.device)
+    elapsed = torch.empty((segments.total, channels), dtype=torch.float32, device=value.device)
+    carry(call, value, key, carried, elapsed=elapsed, reverse=reverse)
+    link_kernel[(call.sequences * triton.cdiv(channels, call.blocks.e),)](
+        call.A, given, elapsed, call.cu_seqlens, carried, value.shape[1], segments.each, segments.size,
+        E=channels, N=state, HAS_GIVEN=given is not None, PACKED=call.cu_seqlens is not None, REVERSE=reverse,
+        BLOCK_N=call.blocks.n, BLOCK_E=call.blocks.e, num_warps=1,
+    )  # fmt: skip
+    return carried
+
+
+def carry(
+    call: Call,
+    value: Tensor,
+    key: Tensor,
+    carried: Tensor,
+    *,
+    reverse: bool,
+    elapsed: Tensor | None = None,
+    given: Tensor | None = None,
+    arrived: Tensor | None = None,
+    last: Tensor | None = None,
+) -> None:
+    """Run `carry_kernel`: a summary of every segment if `elapsed` is there to fill, else what stands at chunk ends.
+
+    arrived: from `arriving`, if segments are several. last: filled with what comes out of every sequence.
+    """
+    gate = call.z if reverse else None
+    carry_kernel[(call.programs,)](
+        value, call.dt, gate, key, call.A, call.dt_bias, given, arrived, call.segments.owner, call.cu_seqlens,
+        carried, elapsed, last, value.shape[1], call.segments.each, triton.cdiv(value.shape[1], triton_path.CHUNK),
+        call.segments.size, value.stride(1), call.dt.stride(1), 0 if gate is None else gate.stride(1),
+        *key.stride()[1:3], HAS_Z=gate is not None, HAS_GIVEN=given is not None, SPLIT=arrived is not None,
+        REVERSE=reverse, SUMMARY=elapsed is not None, STORE_LAST=last is not None, **call.sizes,
+    )  # fmt: skip
+
+
+def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """y [B,T,E], final state [S,E,N], and the states at multiples of CHUNK inside sequences [BT // CHUNK,E,N].
+
+    Arguments as in `selective_scan_triton`.
+    """
+    call = prepare(*inputs)
+    x, state = call.x, call.B.shape[3]
+    batch, tokens, channels = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    states = torch.empty((batch * tokens // triton_path.CHUNK, channels, state), dtype=torch.float32, device=x.device)
+    final = torch.empty((call.sequences, channels, state), dtype=torch.float32, device=x.device)
+    with on_device(x):
+        entering = arriving(call, x, call.B, call.initial_state, reverse=False) if call.split else None
+        scan_kernel[(call.programs,)](
+            x, call.dt, call.z, call.B, call.C, call.A, call.D, call.dt_bias, call.initial_state, entering,
+            call.segments.owner, call.cu_seqlens, y, states, final,
+            tokens, call.segments.each, call.segments.size,
+            x.stride(1), call.dt.stride(1), 0 if call.z is None else call.z.stride(1),
+            *call.B.stride()[1:3], *call.C.stride()[1:3],
+            HAS_D=call.D is not None, HAS_Z=call.z is not None, HAS_INITIAL=call.initial_state is not None,
+            SPLIT=entering is not None, **call.sizes,
+        )  # fmt: skip
+    return y, final, states
