@@ -1,0 +1,189 @@
+"""The long convolution on a GPU: gates fused into the transposes around it, and between them a Toeplitz product on
+tensor cores for kernels of up to LONGEST taps, transforms beyond. All as custom operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.ops.custom import flop_formula, refuse_higher_order
+from zoo.ops.long_convolution.call import Convolution
+from zoo.ops.long_convolution.fft import fft_length, spectrum
+
+KERNEL_DTYPES = ("float32", "bfloat16", "float16")
+LONGEST = {torch.float32: 128, torch.bfloat16: 1024, torch.float16: 512}  # taps, beyond which transforms do less work
+
+
+def triton_refuses(*, taps: int, longest: int, empty: bool, packed: bool, auto: bool) -> str | None:
+    """Why the kernels cannot serve a call, or, with backend="auto", why another path does it better; else None."""
+    if empty:
+        return "x is empty"
+    if packed and auto and taps > longest:
+        return (
+            "multiplies packed rows by tiles, which is more work than transforms "
+            f"beyond {longest} taps at this dtype; this call has {taps}"
+        )
+    return None
+
+
+def convolve_triton(x: Tensor, call: Convolution) -> Tensor:
+    """x [B,T,D] -> y [B,T,D]."""
+    kernel, ahead = call.taps(x.shape[1], x.new_empty(0, dtype=torch.float32))
+    if call.D is not None:
+        kernel = kernel + F.pad(call.D.to(kernel.dtype).unsqueeze(1), (0, kernel.shape[1] - 1))
+    taps = kernel.shape[1] + (0 if ahead is None else ahead.shape[1])
+    by_transforms = taps > LONGEST[x.dtype] and call.cu_seqlens is None
+    u_t = long_convolution_in(x, call.pre_gate, by_transforms)  # [D,B,T]
+    if by_transforms:
+        furthest = 0 if ahead is None else ahead.shape[1] - 1 + call.reverse_lag
+        n = fft_length(x.shape[1] + max(kernel.shape[1] - 1, furthest))
+        spectra = spectrum(kernel, ahead, call.reverse_lag, n).t().unsqueeze(1)
+        y_t = torch.fft.irfft(torch.fft.rfft(u_t, n) * spectra, n)[..., : x.shape[1]]
+    else:
+        both, reach = both_sides(kernel, ahead, call.reverse_lag)
+        y_t = long_convolution_toeplitz(u_t, both, reach, call.cu_seqlens)
+    y: Tensor = long_convolution_out(y_t, call.post_gate, x.dtype)
+    return y
+
+
+def both_sides(kernel: Tensor, ahead: Tensor | None, reverse_lag: int) -> tuple[Tensor, int]:
+    """Taps [D,W] from the furthest ahead to the furthest behind, and how many of them look ahead."""
+    if ahead is None:
+        return kernel, 0
+    reach = ahead.shape[1] - 1 + reverse_lag
+    behind = F.pad(kernel, (reach, 0))
+    return behind + F.pad(ahead.flip(1), (0, behind.shape[1] - ahead.shape[1])), reach
+
+
+@torch.library.custom_op("zoo::long_convolution_in", mutates_args=())
+def long_convolution_in(x: Tensor, gate: Tensor | None, single: bool) -> Tensor:
+    """x [B,T,D], times gate if there is one, as [D,B,T], in float32 if `single`, else in the dtype of x."""
+    from zoo.ops.long_convolution.kernels.gates import time_last
+
+    return time_last(x, gate, torch.float32 if single else x.dtype)
+
+
+@long_convolution_in.register_fake
+def _(x: Tensor, gate: Tensor | None, single: bool) -> Tensor:
+    return x.new_empty((x.shape[2], *x.shape[:2]), dtype=torch.float32 if single else x.dtype)
+
+
+@torch.library.custom_op("zoo::long_convolution_out", mutates_args=())
+def long_convolution_out(y_t: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y_t [D,B,T] as [B,T,D] in `dtype`, times gate if there is one."""
+    from zoo.ops.long_convolution.kernels.gates import time_first
+
+    return time_first(y_t, gate, dtype)[0]
+
+
+@long_convolution_out.register_fake
+def _(y_t: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return y_t.new_empty((*y_t.shape[1:], y_t.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("zoo::long_convolution_gates_backward", mutates_args=())
+def long_convolution_gates_backward(d_t: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """d_t [D,B,T] as [B,T,D] in the dtype of the gates, times each of the two [B,T,D]."""
+    from zoo.ops.long_convolution.kernels.gates import time_first
+
+    one, other = time_first(d_t, first, first.dtype, second)
+    return one, other
+
+
+@long_convolution_gates_backward.register_fake
+def _(d_t: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    return first.new_empty(first.shape), second.new_empty(second.shape)
+
+
+@torch.library.custom_op("zoo::long_convolution_toeplitz", mutates_args=())
+def long_convolution_toeplitz(u_t: Tensor, taps: Tensor, ahead: int, cu_seqlens: Tensor | None) -> Tensor:
+    """y_i = sum_w taps_w u_{i - w + ahead}: u_t [D,B,T], taps [D,W] float32 -> [D,B,T]."""
+    from zoo.ops.long_convolution.kernels import launch
+
+    return launch.toeplitz(u_t.contiguous(), taps.contiguous(), ahead, cu_seqlens, mirror=False)
+
+
+@long_convolution_toeplitz.register_fake
+def _(u_t: Tensor, taps: Tensor, ahead: int, cu_seqlens: Tensor | None) -> Tensor:
+    return u_t.new_empty(u_t.shape)
+
+
+@torch.library.custom_op("zoo::long_convolution_toeplitz_backward", mutates_args=())
+def long_convolution_toeplitz_backward(
+    dy_t: Tensor, u_t: Tensor, taps: Tensor, ahead: int, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of u_t and taps."""
+    from zoo.ops.long_convolution.kernels import launch
+
+    dy_t, u_t = dy_t.to(u_t.dtype).contiguous(), u_t.contiguous()
+    du_t = launch.toeplitz(dy_t, taps.contiguous(), ahead, cu_seqlens, mirror=True)
+    return du_t, launch.tap_gradient(u_t, dy_t, taps.shape[1], ahead, cu_seqlens)
+
+
+@long_convolution_toeplitz_backward.register_fake
+def _(dy_t: Tensor, u_t: Tensor, taps: Tensor, ahead: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    return u_t.new_empty(u_t.shape), taps.new_empty(taps.shape)
+
+
+def _save_in(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, gate, _ = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(*(() if gate is None else (x, gate)))
+
+
+def _differentiate_in(ctx: Any, du_t: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.saved_tensors:
+        return long_convolution_out(du_t, None, ctx.dtype), None, None
+    x, gate = ctx.saved_tensors
+    dx, dgate = long_convolution_gates_backward(du_t, gate, x)
+    return dx, dgate, None
+
+
+def _save_out(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y_t, gate, _ = inputs
+    ctx.single = y_t.dtype == torch.float32
+    ctx.save_for_backward(*(() if gate is None else (y_t, gate)))
+
+
+def _differentiate_out(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.saved_tensors:
+        return long_convolution_in(dy, None, ctx.single), None, None
+    y_t, gate = ctx.saved_tensors
+    return long_convolution_in(dy, gate, ctx.single), long_convolution_out(y_t, dy, gate.dtype), None
+
+
+def _save_toeplitz(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    u_t, taps, ctx.ahead, cu_seqlens = inputs
+    ctx.save_for_backward(u_t, taps, cu_seqlens)
+
+
+def _differentiate_toeplitz(ctx: Any, dy_t: Tensor) -> tuple[Tensor | None, ...]:
+    u_t, taps, cu_seqlens = ctx.saved_tensors
+    return (*long_convolution_toeplitz_backward(dy_t, u_t, taps, ctx.ahead, cu_seqlens), None, None)
+
+
+long_convolution_in.register_autograd(_differentiate_in, setup_context=_save_in)
+long_convolution_out.register_autograd(_differentiate_out, setup_context=_save_out)
+long_convolution_toeplitz.register_autograd(_differentiate_toeplitz, setup_context=_save_toeplitz)
+for _op, _forward in (
+    (long_convolution_in, True),
+    (long_convolution_out, True),
+    (long_convolution_toeplitz, True),
+    (long_convolution_gates_backward, False),
+    (long_convolution_toeplitz_backward, False),
+):
+    refuse_higher_order(_op, "long_convolution", has_gradient=_forward)
+
+
+@flop_formula(torch.ops.zoo.long_convolution_toeplitz)
+def _toeplitz_flops(u_t: Sequence[int], taps: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * u_t[0] * u_t[1] * u_t[2] * (taps[1] + min(64, u_t[2]))
+
+
+@flop_formula(torch.ops.zoo.long_convolution_toeplitz_backward)
+def _toeplitz_backward_flops(dy_t: Sequence[int], u_t: Sequence[int], taps: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * _toeplitz_flops(u_t, taps)
