@@ -364,3 +364,14 @@ def test_wrong_calls_are_refused_in_words() -> None:
         lti_kernel(log_a, c[:, :3], 5)
     with pytest.raises(ShapeError, match="length is -1"):
         lti_kernel(log_a, c, -1)
+
+
+def test_slow_modes_do_not_drift_over_thousands_of_steps() -> None:
+    log_a = torch.tensor([[[-1e-4, 3e-4], [-1e-5, 0.0]]], dtype=torch.float64)
+    c = torch.ones(1, 2, 2, dtype=torch.float64)
+    x = torch.randn(1, 4000, 1, dtype=torch.float64)
+    state = torch.zeros(1, 1, 2, 2)
+    for t in range(x.shape[1]):
+        _, state = lti_scan(x[:, t : t + 1].float(), log_a.float(), c.float(), initial_state=state)
+    _, exact = lti_scan(x.float().double(), log_a.float().double(), c, backend="reference")
+    assert float((state - exact).norm() / exact.norm()) < 2e-6

@@ -18,10 +18,11 @@ def scan_one_token(x: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
     re = token.expand(-1, -1, scan.log_a.shape[1])
     im = torch.zeros_like(re)
     if scan.initial_state is not None:
-        a_re, a_im = (part.to(inner) for part in power(scan.log_a, 1))
+        a_re, a_im = power(scan.log_a, 1)
+        less, a_im = (a_re - 1.0).to(inner), a_im.to(inner)  # a factor near 1 would round the rate of a slow mode away
         s_re, s_im = scan.initial_state.to(inner).unbind(-1)
-        re = token + (a_re * s_re - a_im * s_im)
-        im = a_re * s_im + a_im * s_re
+        re = token + (s_re + (less * s_re - a_im * s_im))
+        im = s_im + (less * s_im + a_im * s_re)
     c_re, c_im = (2.0 * scan.c.double()).to(inner).unbind(-1)
     y = (c_re * re - c_im * im).sum(-1)
     skip = None if scan.D is None else scan.D.to(inner)
