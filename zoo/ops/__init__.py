@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from zoo.ops.cauchy import cauchy_kernel as cauchy_kernel
     from zoo.ops.dispatch import record_dispatch as record_dispatch
     from zoo.ops.dispatch import register_backend as register_backend
+    from zoo.ops.favor_attention import favor_attention as favor_attention
     from zoo.ops.linear_attention import linear_attention as linear_attention
     from zoo.ops.linformer_attention import linformer_attention as linformer_attention
     from zoo.ops.long_convolution import long_convolution as long_convolution
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "cauchy_kernel": "cauchy",
+    "favor_attention": "favor_attention",
     "gated_rms_norm": "norm",
     "linear_attention": "linear_attention",
     "linformer_attention": "linformer_attention",
@@ -51,6 +53,7 @@ _HOME = {
 
 __all__ = [
     "cauchy_kernel",
+    "favor_attention",
     "gated_rms_norm",
     "linear_attention",
     "linformer_attention",

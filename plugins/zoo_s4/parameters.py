@@ -1,0 +1,83 @@
+"""The learnt numbers of a state space layer: how they are drawn, and what they stand for."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo_s4.config import MEASURES, StateSpaceConfig
+from zoo_s4.hippo import Initial, initial_system
+
+LEAST = 1e-4  # smallest initial value of a positive number, and the floor under "relu"
+
+
+def positive(parameter: Tensor, transform: str) -> Tensor:
+    """The number that a parameter stands for, in float64. All transforms but "none" give positive numbers."""
+    wide = parameter.double()
+    if transform == "exp":
+        return wide.exp()
+    if transform == "softplus":
+        return F.softplus(wide)
+    if transform == "relu":
+        return F.relu(wide) + LEAST
+    if transform == "sigmoid":
+        return torch.sigmoid(wide)
+    return wide
+
+
+def parameter_of(value: Tensor, transform: str) -> Tensor:
+    """The parameter that stands for `value`, which is raised to LEAST first ("sigmoid": and kept below 1 - LEAST)."""
+    value = value.clamp(min=LEAST)
+    if transform == "exp":
+        return value.log()
+    if transform == "softplus":
+        return value + (-torch.expm1(-value)).log()
+    if transform == "relu":
+        return (value - LEAST).clamp(min=LEAST)
+    if transform == "sigmoid":
+        return torch.logit(value.clamp(max=1 - LEAST))
+    return value
+
+
+def pairs(value: Tensor) -> Tensor:
+    """Complex [...] as float32 pairs [...,2]."""
+    return torch.view_as_real(value.resolve_conj()).float()
+
+
+def complex_of(parameter: Tensor) -> Tensor:
+    """Pairs [...,2] as complex128 [...]."""
+    return torch.view_as_complex(parameter.double().contiguous())
+
+
+def initial_dt(config: StateSpaceConfig) -> Tensor:
+    """[D,1] or [D,N/2]: time steps drawn log-uniformly from [dt_min, dt_max], through the inverse transform."""
+    shape = (config.d_model, 1 if config.tie_dt else config.pairs)
+    low, high = math.log(config.dt_min), math.log(config.dt_max)
+    steps = (low + (high - low) * torch.rand(shape, dtype=torch.float64)).exp()
+    return steps.log().float() if config.dt_transform == "exp" else parameter_of(steps, config.dt_transform).float()
+
+
+def initial_systems(config: StateSpaceConfig, width: int, rank: int) -> Initial:
+    """Systems of N = `width` states: a [S,N/2], P [R,S,N/2], B [S,N/2]; each name of `init` in equal parts."""
+    each = config.systems // len(config.inits)
+    made: list[Initial] = []
+    for name in config.inits:
+        if name in MEASURES:
+            made += [initial_system(name, width, rank)] * each
+        else:  # these draw random numbers
+            made += [initial_system(name, width, rank) for _ in range(each)]
+    return Initial(
+        torch.stack([system.a for system in made]),
+        torch.stack([system.P for system in made], 1),
+        torch.stack([system.B for system in made]),
+    )
+
+
+def shared(part: Tensor, channels: int, axis: int) -> Tensor:
+    """The S systems along `axis` for `channels` channels: channel d has system d mod S."""
+    sizes = [1] * part.dim()
+    sizes[axis] = channels // part.shape[axis]
+    return part.repeat(sizes)
