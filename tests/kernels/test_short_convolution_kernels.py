@@ -62,6 +62,22 @@ def test_every_number_of_taps_meets_the_definition(device: str, width: int) -> N
     check(inputs(device, 2, 19, 70, width), torch.float32, activation="silu")
 
 
+@pytest.mark.parametrize(
+    ("tokens", "width", "channels", "dtype"),
+    [(1, 9, 24, torch.float32), (33, 16, 70, torch.float32), (20, 64, 8, torch.float32), (17, 33, 24, torch.bfloat16)],
+)
+def test_many_taps_meet_the_definition(device: str, tokens: int, width: int, channels: int, dtype: torch.dtype) -> None:
+    check(inputs(device, 2, tokens, channels, width), dtype)
+
+
+@pytest.mark.parametrize("ends", PACKINGS[:2])
+def test_many_taps_meet_the_definition_in_packed_sequences(device: str, ends: list[int]) -> None:
+    given = inputs(device, 1, ends[-1], 24, 11, sequences=len(ends) - 1)
+    check(given, torch.float32, cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device))
+    given = {name: t for name, t in given.items() if name in ("x", "weight")}
+    check(given, torch.float32, cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_half_precision_stays_within_its_budget(device: str, dtype: torch.dtype, tokens: int) -> None:
@@ -207,9 +223,10 @@ def test_the_flop_counter_sees_the_operators(device: str) -> None:
 
 
 def test_what_the_kernels_do_not_serve_is_refused_in_words(device: str) -> None:
-    given = inputs(device, 1, 5, 8, 9)
-    with pytest.raises(BackendError, match="takes up to W=8 taps, weight has 9"):
-        short_convolution(**given, backend="triton")
+    with pytest.raises(BackendError, match="takes up to W=8 taps with an activation, weight has 9"):
+        short_convolution(**inputs(device, 1, 5, 8, 9), activation="silu", backend="triton")
+    with pytest.raises(BackendError, match="takes up to W=256 taps without an activation, weight has 257"):
+        short_convolution(**inputs(device, 1, 5, 8, 257), backend="triton")
     given = inputs(device, 1, 0, 8, 4)
     with pytest.raises(BackendError, match="x is empty"):
         short_convolution(**given, backend="triton")

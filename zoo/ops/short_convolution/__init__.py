@@ -17,7 +17,8 @@ from zoo.ops.short_convolution import chunked, reference
 
 __all__ = ["flops", "short_convolution"]
 
-MAX_KERNEL_WIDTH = 8  # the Triton kernels unroll W^2 terms
+MAX_KERNEL_WIDTH = 8  # taps of the Triton kernels with an activation, which unroll W^2 terms
+MAX_LOOPED_WIDTH = 256  # taps of those without, which loop over them
 
 
 def short_convolution(
@@ -62,7 +63,7 @@ def short_convolution(
     if initial_state is not None:
         letter = "B" if cu_seqlens is None else "S"
         expect_shape("initial_state", initial_state, f"{letter} D {width - 1}", sizes | {letter: sequences})
-    facts = {"width": width, "empty": x.numel() == 0}
+    facts = {"width": width, "empty": x.numel() == 0, "silu": activation is not None}
     convolve = select("short_convolution", backend, (x, weight, bias, initial_state), facts)
     y, final_state = convolve(
         x, weight, bias, silu=activation is not None, initial_state=initial_state, cu_seqlens=cu_seqlens
@@ -81,9 +82,10 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> t
     return short_convolution_triton(x, weight, bias, **options)
 
 
-def _triton_refuses(width: int, empty: bool) -> str | None:
-    if width > MAX_KERNEL_WIDTH:
-        return f"takes up to W={MAX_KERNEL_WIDTH} taps, weight has {width}"
+def _triton_refuses(width: int, empty: bool, silu: bool) -> str | None:
+    most = MAX_KERNEL_WIDTH if silu else MAX_LOOPED_WIDTH
+    if width > most:
+        return f"takes up to W={most} taps {'with' if silu else 'without'} an activation, weight has {width}"
     if empty:
         return "x is empty"
     return None

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from zoo.ops.custom import flop_formula, refuse_higher_order
 
+UNROLLED = 8  # taps; more are looped over, without an activation
+
 
 def short_convolution_triton(
     x: Tensor,
@@ -34,6 +36,10 @@ def short_convolution_fwd(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """y [B,T,D] and the final state [S,D,W-1] (S = B without cu_seqlens), contiguous, in the dtype of x."""
+    if weight.shape[1] > UNROLLED:
+        from zoo.ops.short_convolution.kernels.looped import looped_forward
+
+        return looped_forward(x, weight, bias, initial_state, cu_seqlens)
     from zoo.ops.short_convolution.kernels.forward import convolution_forward
 
     return convolution_forward(x, weight, bias, initial_state, cu_seqlens, silu)
@@ -64,6 +70,10 @@ def short_convolution_bwd(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and initial_state in their shapes and dtypes; [0] for one that did not come."""
+    if weight.shape[1] > UNROLLED:
+        from zoo.ops.short_convolution.kernels.looped import looped_backward
+
+        return looped_backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens)
     from zoo.ops.short_convolution.kernels.backward import convolution_backward
 
     return convolution_backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu)
