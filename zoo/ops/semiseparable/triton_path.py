@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.ops.custom import flop_formula, refuse_higher_order
@@ -14,6 +15,9 @@ from zoo.ops.semiseparable.recurrence import one_token
 
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 WIDEST = 256
+BFLOAT16_WIDTHS = (
+    16  # N has to be a multiple: Triton 3.6 miscompiles other widths for Hopper (wrong sums, stray accesses)
+)
 
 
 def refuses(*, N: int, P: int, **other: object) -> str | None:
@@ -41,6 +45,12 @@ def semiseparable_triton(
         sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
         empty = v.new_zeros(sequences, heads, channels, q.shape[-1], dtype=torch.float32)
         return v.clone(), empty if initial_state is None else initial_state.clone()
+    missing = -q.shape[3] % BFLOAT16_WIDTHS if v.dtype == torch.bfloat16 else 0
+    if missing:
+        wider = None if initial_state is None else F.pad(initial_state, (0, missing))
+        wide_q, wide_k = F.pad(q, (0, missing)), F.pad(k, (0, missing))
+        y, final_state = semiseparable_forward(wide_q, wide_k, v, log_decay, scale, wider, cu_seqlens)
+        return y, final_state[..., : q.shape[3]]
     y, final_state = semiseparable_forward(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     return y, final_state
 
