@@ -11,6 +11,7 @@ from zoo.ops import long_convolution, record_dispatch
 from zoo.ops.long_convolution import triton_path
 
 from sequence_mixer.conformance.budget import judge
+from sequence_mixer.conformance.comparing import usual_error
 from sequence_mixer.errors import BackendError
 
 PACKINGS = [[0, 1, 1, 3, 13, 17, 17, 130], [0, 0, 2, 2], [0, 0, 97]]
@@ -47,9 +48,10 @@ def check(given: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> None:
     given = {name: t.to(dtype) if t.dim() == 3 else t for name, t in given.items()}
     exact = run({name: t.double() for name, t in given.items()}, "reference", **options)
     plain = run(given, "chunked", **options)
+    usual = usual_error(plain, exact)  # a gradient of two or three numbers is one draw of the error
     for name, value in run(given, "triton", **options).items():
         assert value.dtype == plain[name].dtype, name
-        verdict = judge(value, exact[name], plain[name], dtype)
+        verdict = judge(value, exact[name], plain[name], dtype, plain_error=usual)
         assert verdict.ok, f"{name}: {verdict}"
 
 

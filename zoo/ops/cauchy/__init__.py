@@ -15,6 +15,7 @@ from sequence_mixer.errors import ShapeError
 from sequence_mixer.shapes import expect_floating, expect_same_device, expect_shape
 from zoo.ops.cauchy.chunked import cauchy_chunked
 from zoo.ops.cauchy.reference import cauchy_reference
+from zoo.ops.cauchy.triton_path import cauchy_triton
 from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
 
 __all__ = ["cauchy_kernel", "flops"]
@@ -57,12 +58,6 @@ def flops(channels: int, sums: int, poles: int, nodes: int) -> int:
     return 8 * channels * sums * poles * nodes
 
 
-def _triton(v: Tensor, w: Tensor, z: Tensor, q: Tensor | None) -> Tensor:
-    from zoo.ops.cauchy.triton_path import cauchy_triton
-
-    return cauchy_triton(v, w, z, q)
-
-
 def _triton_refuses(sums: int, nodes_move: bool, empty: bool, **_: Any) -> str | None:
     if sums > MOST_SUMS:
         return f"takes up to R={MOST_SUMS} sums, v has {sums}"
@@ -76,7 +71,7 @@ register_backend("cauchy_kernel", Serves("chunked"), cauchy_chunked, priority=PL
 register_backend(
     "cauchy_kernel",
     Serves("triton", devices=("cuda",), dtypes=("float64", "float32"), needs=("triton",)),
-    _triton,
+    cauchy_triton,
     refuses=_triton_refuses,
     priority=KERNEL,
 )

@@ -9,6 +9,9 @@ import triton.language as tl
 
 # The interpreter returns garbage for bfloat16 `tl.dot`; products are done on float32 copies there.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+LOG2E = tl.constexpr(1.4426950216293335)  # log2(e) in float32
+LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # what float32 leaves of it
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -18,6 +21,14 @@ def dot(a, b, acc=None):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc=acc, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def exp(x):
+    """e^x to the accuracy of float32: the rounding of x log2(e) alone is an error that grows with x."""
+    high = x * LOG2E
+    low = tl.fma(x, LOG2E, -high) + x * LOG2E_REST
+    return tl.exp2(high) * (1.0 + tl.where(tl.abs(high) < 200.0, low, 0.0) * LN2)
 
 
 @triton.jit

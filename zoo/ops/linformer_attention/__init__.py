@@ -14,6 +14,7 @@ from sequence_mixer.errors import DtypeError, ShapeError
 from sequence_mixer.shapes import expect_floating, expect_padding_mask, expect_same_device, expect_shape
 from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
 from zoo.ops.linformer_attention import chunked, reference
+from zoo.ops.linformer_attention.triton_path import linformer_attention_triton
 
 __all__ = ["fits_on_chip", "flops", "linformer_attention"]
 
@@ -98,12 +99,6 @@ def _expect_projections(E: Tensor, F: Tensor, groups: int, tokens: int) -> int:
     return E.shape[-2]
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, **options: Any) -> Tensor:
-    from zoo.ops.linformer_attention.triton_path import linformer_attention_triton
-
-    return linformer_attention_triton(q, k, v, E, F, **options)
-
-
 def _plain_refuses(empty: bool, **_: Any) -> str | None:
     return "an input is empty" if empty else None
 
@@ -132,7 +127,7 @@ register_backend(
 register_backend(
     "linformer_attention",
     Serves("triton", devices=("cuda",), dtypes=("float32", "bfloat16", "float16"), needs=("triton",)),
-    _triton,
+    linformer_attention_triton,
     refuses=_triton_refuses,
     priority=KERNEL,
 )

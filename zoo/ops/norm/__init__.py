@@ -6,14 +6,13 @@ behind it that of RetNet (Sun et al. 2023).
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from sequence_mixer.errors import DtypeError, ShapeError
+from sequence_mixer.errors import ConfigError, DtypeError, ShapeError
 from sequence_mixer.shapes import expect_floating, expect_same_device, expect_shape
 from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
 from zoo.ops.norm import chunked, reference
+from zoo.ops.norm.triton_path import gated_rms_norm_triton
 
 __all__ = ["flops", "gated_rms_norm"]
 
@@ -39,7 +38,7 @@ def gated_rms_norm(
     norm_before_gate: False for rmsnorm(x silu(z)) weight, True for rmsnorm(x) weight silu(z).
     backend: "auto", "triton", "chunked" or "reference".
     Returns y [...,D] in the dtype of x; everything inside is in the accumulation dtype.
-    Raises ShapeError, DtypeError, DeviceError, BackendError; ValueError for a negative eps.
+    Raises ShapeError, DtypeError, DeviceError, BackendError; ConfigError for a negative eps.
     """
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ShapeError(f"x has shape {list(x.shape)}, wanted [..., D] with at least one channel")
@@ -56,7 +55,7 @@ def gated_rms_norm(
         raise DtypeError(f"z is {z.dtype}, x is {x.dtype}; cast one, they must agree")
     expect_same_device(x, z=z, weight=weight)
     if eps < 0:
-        raise ValueError(f"eps is {eps}, wanted a number >= 0")
+        raise ConfigError(f"eps is {eps}, wanted a number >= 0")
     facts = {"group": group, "empty": x.numel() == 0}
     normalise = select("gated_rms_norm", backend, (x, z, weight), facts)
     y: Tensor = normalise(x, z, weight, eps=float(eps), group_size=group, norm_before_gate=bool(norm_before_gate))
@@ -66,12 +65,6 @@ def gated_rms_norm(
 def flops(rows: int, channels: int) -> int:
     """Matrix-product FLOPs of the forward: none, whatever the sizes; the norm moves memory."""
     return 0 * rows * channels
-
-
-def _triton(x: Tensor, z: Tensor | None, weight: Tensor, **options: Any) -> Tensor:
-    from zoo.ops.norm.triton_path import gated_rms_norm_triton
-
-    return gated_rms_norm_triton(x, z, weight, **options)
 
 
 def _triton_refuses(group: int, empty: bool) -> str | None:
@@ -87,7 +80,7 @@ register_backend("gated_rms_norm", Serves("chunked"), chunked.gated_rms_norm_chu
 register_backend(
     "gated_rms_norm",
     Serves("triton", devices=("cuda",), dtypes=("float32", "bfloat16", "float16"), needs=("triton",)),
-    _triton,
+    gated_rms_norm_triton,
     refuses=_triton_refuses,
     priority=KERNEL,
 )

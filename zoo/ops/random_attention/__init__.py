@@ -13,6 +13,7 @@ from sequence_mixer.shapes import expect_floating, expect_same_device, expect_sh
 from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
 from zoo.ops.random_attention import chunked, reference
 from zoo.ops.random_attention.cost import flops
+from zoo.ops.random_attention.triton_path import random_attention_triton
 
 __all__ = ["flops", "random_attention"]
 
@@ -40,12 +41,6 @@ def random_attention(table: Tensor, v: Tensor, *, causal: bool = True, backend: 
     return y
 
 
-def _triton(table: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    from zoo.ops.random_attention.triton_path import random_attention_triton
-
-    return random_attention_triton(table, v, causal=causal)
-
-
 def _triton_refuses(empty: bool, wide_table: bool) -> str | None:
     if empty:
         return "an input is empty"
@@ -57,7 +52,7 @@ register_backend("random_attention", Serves("chunked"), chunked.random_attention
 register_backend(
     "random_attention",
     Serves("triton", devices=("cuda",), dtypes=("float32", "bfloat16", "float16"), needs=("triton",)),
-    _triton,
+    random_attention_triton,
     refuses=_triton_refuses,
     priority=KERNEL,
 )

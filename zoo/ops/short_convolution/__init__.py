@@ -6,14 +6,13 @@ Source: the token shift in front of the scans of Mamba (Gu & Dao 2023), H3 (Fu e
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from sequence_mixer.errors import ShapeError
+from sequence_mixer.errors import ConfigError, ShapeError
 from sequence_mixer.shapes import expect_cu_seqlens, expect_floating, expect_same_device, expect_shape
 from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
 from zoo.ops.short_convolution import chunked, reference
+from zoo.ops.short_convolution.triton_path import short_convolution_triton
 
 __all__ = ["flops", "short_convolution"]
 
@@ -42,7 +41,7 @@ def short_convolution(
     backend: "auto", "triton", "chunked" or "reference".
     Returns y [B,T,D] and the final state [B,D,W-1], the last W-1 entries of (initial state, tokens), both in the dtype
     of x and differentiable. Sums are in the accumulation dtype.
-    Raises ShapeError, DtypeError, DeviceError, PackingError, BackendError; ValueError for an unknown activation.
+    Raises ShapeError, DtypeError, DeviceError, PackingError, BackendError; ConfigError for an unknown activation.
     """
     sizes = expect_shape("x", x, "B T D")
     sizes = expect_shape("weight", weight, "D W", sizes)
@@ -52,7 +51,7 @@ def short_convolution(
     if bias is not None:
         sizes = expect_shape("bias", bias, "D", sizes)
     if activation not in (None, "silu", "swish"):
-        raise ValueError(f"activation is {activation!r}, wanted None or 'silu' ('swish' means the same)")
+        raise ConfigError(f"activation is {activation!r}, wanted None or 'silu' ('swish' means the same)")
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("initial_state", initial_state)):
         if tensor is not None:
             expect_floating(name, tensor)
@@ -76,12 +75,6 @@ def flops(batch: int, tokens: int, channels: int, width: int) -> int:
     return 2 * batch * tokens * channels * width
 
 
-def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    from zoo.ops.short_convolution.triton_path import short_convolution_triton
-
-    return short_convolution_triton(x, weight, bias, **options)
-
-
 def _triton_refuses(width: int, empty: bool, silu: bool) -> str | None:
     most = MAX_KERNEL_WIDTH if silu else MAX_LOOPED_WIDTH
     if width > most:
@@ -96,7 +89,7 @@ register_backend("short_convolution", Serves("chunked"), chunked.short_convoluti
 register_backend(
     "short_convolution",
     Serves("triton", devices=("cuda",), dtypes=("float32", "bfloat16", "float16"), needs=("triton",)),
-    _triton,
+    short_convolution_triton,
     refuses=_triton_refuses,
     priority=KERNEL,
 )

@@ -20,6 +20,7 @@ from sequence_mixer.shapes import (
 )
 from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
 from zoo.ops.softmax_attention import chunked, reference, sdpa
+from zoo.ops.softmax_attention.triton_path import softmax_attention_triton
 
 __all__ = ["flops", "softmax_attention"]
 
@@ -132,12 +133,6 @@ def _expect_packing(cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, size
     return cu_seqlens_k
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    from zoo.ops.softmax_attention.triton_path import softmax_attention_triton
-
-    return softmax_attention_triton(q, k, v, **options)
-
-
 def _triton_refuses(
     auto: bool, packed: bool, empty: bool, bias_dtype: torch.dtype | None, widest: int, **_: Any
 ) -> str | None:
@@ -168,7 +163,7 @@ register_backend(
 register_backend(
     "softmax_attention",
     Serves("triton", devices=("cuda",), dtypes=("float32", "bfloat16", "float16"), needs=("triton",)),
-    _triton,
+    softmax_attention_triton,
     refuses=_triton_refuses,
     priority=KERNEL,
 )

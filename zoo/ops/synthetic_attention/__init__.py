@@ -9,8 +9,6 @@ Every part is optional. Source: Tay et al. 2021 (Synthesizer), sections 3.2 to 3
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,6 +17,7 @@ from sequence_mixer.shapes import expect_cu_seqlens, expect_floating, expect_sam
 from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
 from zoo.ops.synthetic_attention import chunked, reference
 from zoo.ops.synthetic_attention.parts import Parts
+from zoo.ops.synthetic_attention.triton_path import synthetic_attention_triton
 
 __all__ = ["flops", "synthetic_attention"]
 
@@ -158,12 +157,6 @@ def _expect_packing(cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, size
     return cu_seqlens_k
 
 
-def _triton(parts: Parts, v: Tensor, **options: Any) -> Tensor:
-    from zoo.ops.synthetic_attention.triton_path import synthetic_attention_triton
-
-    return synthetic_attention_triton(parts, v, **options)
-
-
 def _triton_refuses(empty: bool, widest: int, table_dtype: torch.dtype | None) -> str | None:
     if widest > MAX_WIDTH:
         return f"holds rows of up to {MAX_WIDTH} channels, the widest part here has {widest}"
@@ -179,7 +172,7 @@ register_backend("synthetic_attention", Serves("chunked"), chunked.synthetic_att
 register_backend(
     "synthetic_attention",
     Serves("triton", devices=("cuda",), dtypes=("float32", "bfloat16", "float16"), needs=("triton",)),
-    _triton,
+    synthetic_attention_triton,
     refuses=_triton_refuses,
     priority=KERNEL,
 )

@@ -12,6 +12,7 @@ from sequence_mixer.errors import ConfigError, ShapeError
 from sequence_mixer.shapes import expect_floating, expect_same_device, expect_shape
 from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
 from zoo.ops.token_mlp import chunked, reference
+from zoo.ops.token_mlp.triton_path import token_mlp_triton
 
 __all__ = ["ACTIVATIONS", "flops", "token_mlp"]
 
@@ -78,12 +79,6 @@ def flops(batch: int, tokens: int, channels: int, hidden: int) -> int:
     return 4 * batch * tokens * hidden * channels
 
 
-def _triton(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, tanh: bool) -> Tensor:
-    from zoo.ops.token_mlp.triton_path import token_mlp_triton
-
-    return token_mlp_triton(x, w1, b1, w2, b2, tanh=tanh)
-
-
 def _triton_refuses(empty: bool) -> str | None:
     return "x is empty" if empty else None
 
@@ -93,7 +88,7 @@ register_backend("token_mlp", Serves("chunked"), chunked.token_mlp_chunked, prio
 register_backend(
     "token_mlp",
     Serves("triton", devices=("cuda",), dtypes=("float32", "bfloat16", "float16"), needs=("triton",)),
-    _triton,
+    token_mlp_triton,
     refuses=_triton_refuses,
     priority=KERNEL,
 )

@@ -17,6 +17,7 @@ from zoo.ops.favor_attention.kernels.features import (
     slope_of,
     write,
 )
+from zoo.ops.kernels.primitives import exp
 from zoo.ops.semiseparable.kernels.decay import product
 
 
@@ -79,7 +80,7 @@ def causal_gradient_kernel(
         )  # fmt: skip
         dash = project_rows(read, hi_ptr, lo_ptr, m, n, in_m, in_n, N, SPLIT)  # [CHUNK, BLOCK_M]
         if not RELU:
-            kept = tl.exp(top - scale)
+            kept = exp(top - scale)
             sums *= kept[None, :]
             total *= kept
         slope = slope_of(dash, below_read, scale, in_m, RELU, REVERSE)
@@ -96,7 +97,7 @@ def causal_gradient_kernel(
         sums += product(payload, features, OPERAND)
         total += tl.sum(features * mass[:, None], axis=0)
         if not RELU:
-            kept = tl.exp(scale - leaving)
+            kept = exp(scale - leaving)
             sums *= kept[None, :]
             total *= kept
         top = leaving

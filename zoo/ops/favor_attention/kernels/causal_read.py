@@ -16,6 +16,7 @@ from zoo.ops.favor_attention.kernels.features import (
     project_rows,
     write,
 )
+from zoo.ops.kernels.primitives import exp
 from zoo.ops.semiseparable.kernels.decay import product
 
 
@@ -70,7 +71,7 @@ def causal_read_kernel(
         if RELU:
             queries = tl.where(in_m[None, :], tl.maximum(dash, 0.0) + feature_eps, 0.0)
         else:
-            kept = tl.exp(top - scale)
+            kept = exp(top - scale)
             sums *= kept[:, None]
             total *= kept
             logits = tl.where(in_m[None, :], dash + scale[None, :], float("-inf"))
@@ -78,7 +79,7 @@ def causal_read_kernel(
                 highest = half_square(read, half_scale, 1)
             else:
                 highest = tl.max(logits, axis=1)
-            queries = tl.exp(logits - highest[:, None])
+            queries = exp(logits - highest[:, None])
         scores = product(queries, features, OPERAND)  # [CHUNK, CHUNK]
         scores = tl.where(step[:, None] >= step[None, :], scores, 0.0)
         out = product(queries, sums, OPERAND) + product(scores, payload, OPERAND)  # [CHUNK, BLOCK_P]
@@ -95,7 +96,7 @@ def causal_read_kernel(
         sums += product(features, payload, OPERAND)
         total += tl.sum(features, axis=1)
         if not RELU:
-            kept = tl.exp(scale - leaving)
+            kept = exp(scale - leaving)
             sums *= kept[:, None]
             total *= kept
         top = leaving

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.ops.kernels.primitives import dot
+from zoo.ops.kernels.primitives import dot, exp
 
 LEAST = tl.constexpr(-3.4028234663852886e38)  # the running maximum without a key
 LIMIT = tl.constexpr(40.0)  # most that a writer's logarithm exceeds the running maximum of its chunk
@@ -60,9 +60,9 @@ def slope_of(dash, below, scale, in_m, RELU: tl.constexpr, REVERSE: tl.constexpr
     if RELU:
         slope = tl.where(dash > 0, 1.0, 0.0)
         if not REVERSE:
-            slope *= tl.exp(-below)[:, None]
+            slope *= exp(-below)[:, None]
     else:
-        slope = tl.exp(tl.where(in_m[None, :], dash - below[:, None] + scale[None, :], float("-inf")))
+        slope = exp(tl.where(in_m[None, :], dash - below[:, None] + scale[None, :], float("-inf")))
     return slope
 
 
@@ -99,7 +99,7 @@ def write(
     if RELU:
         features = tl.where(present, tl.maximum(dash, 0.0) + feature_eps, 0.0)
         if REVERSE:
-            features *= tl.exp(-below)
+            features *= exp(-below)
         scale = tl.zeros_like(top)
         leaving = scale
     else:
@@ -109,7 +109,7 @@ def write(
         excess = tl.max(log - tl.expand_dims(scale, AXIS), axis=1 - AXIS)  # [CHUNK]
         count = tl.min(tl.where(excess > LIMIT, step, CHUNK), axis=0)
         log = tl.where(along < count, log, float("-inf"))
-        features = tl.exp(log - tl.expand_dims(scale, AXIS))
+        features = exp(log - tl.expand_dims(scale, AXIS))
         leaving = tl.maximum(scale, tl.max(log, axis=AXIS))
     return features, scale, leaving, count
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.ops.kernels.primitives import exp
+
 
 @triton.jit(do_not_specialize=["rows"])
 def combine_kernel(
@@ -27,7 +29,7 @@ def combine_kernel(
     total = tl.zeros([ROWS], tl.float32)
     at = row
     for _ in range(0, slices):
-        weight = tl.exp(tl.load(part_log_ptr + at, mask=in_rows, other=0.0) - highest)
+        weight = exp(tl.load(part_log_ptr + at, mask=in_rows, other=0.0) - highest)
         each = tl.load(part_ptr + at[:, None] * P + p[None, :], mask=mask, other=0.0)
         out += each.to(tl.float32) * weight[:, None]
         total += weight

@@ -19,6 +19,7 @@ from zoo.ops.favor_attention.kernels.features import (
     project_rows,
     slope_of,
 )
+from zoo.ops.kernels.primitives import exp
 from zoo.ops.semiseparable.kernels.decay import product
 
 
@@ -65,13 +66,13 @@ def whole_sum_kernel(
         if RELU:
             features = tl.where(present, tl.maximum(write, 0.0) + feature_eps, 0.0)
             if REVERSE:
-                features *= tl.exp(-below)[None, :]
+                features *= exp(-below)[None, :]
             top = tl.zeros([BLOCK_M], tl.float32)
         else:
             write = tl.where(present, write - below[None, :], float("-inf"))
             grown = tl.maximum(top, tl.max(write, axis=1))
-            kept = tl.exp(top - grown)
-            features = tl.exp(write - grown[:, None])
+            kept = exp(top - grown)
+            features = exp(write - grown[:, None])
             sums *= kept[:, None]
             total *= kept
             top = grown
@@ -125,11 +126,11 @@ def whole_read_kernel(
             logits = tl.where(in_m[None, :], read + top[None, :], float("-inf"))
             if not REVERSE:
                 grown = tl.maximum(highest, tl.max(logits, axis=1))
-                kept = tl.exp(highest - grown)
+                kept = exp(highest - grown)
                 out *= kept[:, None]
                 weight *= kept
                 highest = grown
-            features = tl.exp(logits - highest[:, None])
+            features = exp(logits - highest[:, None])
         out += product(features, sums, OPERAND)
         weight += tl.sum(features * total[None, :], axis=1)
     if not REVERSE:
