@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_times_are_stored_with_the_machine_and_the_cost_model(tmp_path: Path) -> None:
     one, *others = registry.names()
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of pytest-xdist
     environment = {
-        **os.environ, "ZOO_DISABLE_PLUGINS": ",".join(others), "ZOO_BENCH_LENGTHS": "16,32", "OMP_NUM_THREADS": "1",
+        **outside, "ZOO_DISABLE_PLUGINS": ",".join(others), "ZOO_BENCH_LENGTHS": "16,32", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "--benchmark-json",
