@@ -23,8 +23,8 @@ def inputs(
     tokens: int,
     *,
     batch: int = 2,
-    heads: int = 4,
-    groups: int = 2,
+    heads: int = 2,
+    groups: int = 1,
     width: int = 16,
     channels: int = 16,
     decay: bool = False,
@@ -84,8 +84,14 @@ CASES: dict[str, tuple[dict, dict]] = {
     "chunk-and-one": ({"tokens": 65, "batch": 1, "state": True}, NORMALISED),
     "prime": ({"tokens": 127, "batch": 1, "heads": 2, "groups": 1, "decay": True, "state": True}, NORMALISED),
     "odd-widths": ({"tokens": 33, "width": 20, "channels": 33}, NORMALISED | {"scale": 0.5}),
-    "relu": ({"tokens": 40, "groups": 4}, {"feature_map": "relu", "normalize": True, "eps": 1.0}),
-    "squared-relu": ({"tokens": 40, "groups": 1, "state": True}, {"feature_map": "squared_relu"}),
+    "relu": (
+        {"tokens": 40, "heads": 4, "groups": 4, "batch": 1},
+        {"feature_map": "relu", "normalize": True, "eps": 1.0},
+    ),
+    "squared-relu": (
+        {"tokens": 40, "heads": 4, "groups": 2, "batch": 1, "state": True},
+        {"feature_map": "squared_relu"},
+    ),
     "padded": ({"tokens": 40, "batch": 3, "decay": True}, NORMALISED | {"padding_mask": padding(40)}),
     "packed": (
         {"tokens": 73, "batch": 1, "state": True, "sequences": 6},
@@ -195,7 +201,7 @@ def test_the_flop_counter_sees_the_kernels(device: str) -> None:
 def test_an_empty_input_is_served(device: str) -> None:
     given = inputs(device, 0, state=True, normalize=True)
     y, final = linear_attention(**given, backend="triton", **NORMALISED)
-    assert y.shape == (2, 0, 4, 16)
+    assert y.shape == (2, 0, 2, 16)
     assert torch.equal(final, given["initial_state"])
 
 
