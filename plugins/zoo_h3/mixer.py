@@ -13,7 +13,6 @@ from zoo.ops.lti_attention.factors import kernel_taps, times, toeplitz
 from zoo.ops.short_convolution import short_convolution
 
 from sequence_mixer import Cost, MatrixForm, SequenceMixer, State
-from sequence_mixer.errors import StateError
 from sequence_mixer.mixer import Factors
 from sequence_mixer.shapes import accumulation_dtype
 from zoo_h3.config import H3Config, capabilities_of
@@ -42,6 +41,7 @@ class H3Mixer(SequenceMixer):
     """
 
     config: H3Config
+    state_type = H3State
 
     def __init__(self, config: H3Config) -> None:
         super().__init__(config, capabilities_of(config))
@@ -71,9 +71,7 @@ class H3Mixer(SequenceMixer):
         padding_mask: Tensor | None,
         donate: bool,
     ) -> tuple[Tensor, H3State]:
-        """See `SequenceMixer.mix`. Raises StateError for the state of another mixer."""
-        if state is not None and not isinstance(state, H3State):
-            raise StateError(f"state is {type(state).__name__}, wanted the H3State of this mixer's initial_state")
+        """See `SequenceMixer.mix`."""
         q, k, v, shift = self._inputs(x, None if state is None else state.shift, cu_seqlens)
         log_a, c = self.modes()
         y, ssm = lti_attention(

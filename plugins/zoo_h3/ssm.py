@@ -94,18 +94,21 @@ def discretize(rate: Tensor, turn: Tensor, step: Tensor, kind: str) -> tuple[Ten
     half_x, half_y = x / 2, y / 2
     up, down = 1 + half_x, 1 - half_x
     up = torch.where((up == 0) & (half_y == 0), torch.finfo(up.dtype).eps, up)  # dt A = -2 forgets at once: log 0
-    size = 0.5 * ((up.square() + half_y.square()) / (down.square() + half_y.square())).log()
+    turned = half_y.square()
+    below = down.square() + turned
+    size = 0.5 * ((up.square() + turned) / below).log()
     angle = torch.atan2(half_y, up) + torch.atan2(half_y, down)
-    inverse = step / (down.square() + half_y.square())
+    inverse = step / below
     return torch.stack([size, angle], -1), torch.stack([down * inverse, half_y * inverse], -1)
 
 
 def shift_taps(B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """Taps of the shift SSM with its skip: K_j = sum_m B_m C_{m+j} (+ D at j = 0), [D,W] for lags 0 .. W-1.
 
-    x_t = (x_{t-1} shifted by one) + B k_t and y_t = C x_t + D k_t. B, C: [D,W]. D: [D].
+    x_t = (x_{t-1} shifted by one) + B k_t and y_t = C x_t + D k_t. B, C: [D,W]. D: [D]. By transforms of 2 W points:
+    multiplied out, the W^2 products of a channel would take longer than the rest of a decode step.
     """
     width = B.shape[1]
-    shifted = F.pad(C, (0, width - 1)).unfold(1, width, 1)  # [D, lag, m]
-    taps = (shifted * B.unsqueeze(1)).sum(-1)
+    spectra = torch.fft.rfft(torch.stack([C, B]), 2 * width)
+    taps = torch.fft.irfft(spectra[0] * spectra[1].conj(), 2 * width)[:, :width]
     return torch.cat([taps[:, :1] + D.unsqueeze(1), taps[:, 1:]], 1)

@@ -86,7 +86,7 @@ class S4dConfig(StateSpaceConfig):
     name: Literal["s4d"] = "s4d"
     disc: Literal["zoh", "bilinear"] = Field("zoh", description="discretisation: zero-order hold or bilinear")
     use_b: bool = Field(True, description="learn B; False: B = 1, and C stands for both (minimal S4D)")
-    real: bool = Field(False, description="d_state real modes instead of d_state / 2 complex pairs")
+    real: bool = Field(False, description="d_state real modes instead of d_state / 2 complex pairs; with init='real'")
     bandlimit: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="modes of more than bandlimit / 2 cycles per token are left out"
     )
@@ -105,6 +105,11 @@ class S4dConfig(StateSpaceConfig):
             raise ValueError("bandlimit would have no effect with real=True, whose modes do not turn; leave it out")
         if self.real and self.imag_transform != "none":
             raise ValueError("imag_transform would have no effect with real=True; leave it out")
+        if self.real and set(self.inits) != {"real"}:
+            raise ValueError(
+                f"real=True drops frequencies, without which the modes of init={self.init!r} are all alike; "
+                "wanted init='real'"
+            )
         return self
 
 

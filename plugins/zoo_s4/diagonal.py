@@ -29,7 +29,8 @@ def growth(z: Tensor) -> Tensor:
     """(e^z - 1) / z for complex z."""
     near = z.abs() < SMALL
     safe = torch.where(near, torch.ones_like(z), z)
-    series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
+    half, third, quarter, fifth = (1.0 / k * z for k in (2, 3, 4, 5))  # complex division is ten times as slow
+    series = 1 + half * (1 + third * (1 + quarter * (1 + fifth)))
     return torch.where(near, series, expm1(safe) / safe)
 
 

@@ -70,7 +70,7 @@ def convert_s4d(peer: str, config: Mapping[str, Any], state_dict: Mapping[str, T
     real = fields["real"] = options.take("is_real", False)
     if real:
         fields["imag_transform"], fields["bandlimit"] = "none", None
-    fields["init"] = _init(fields["init"], fields["n_ssm"] or fields["d_model"], WIDEST_RANK)
+    fields["init"] = "real" if real else _init(fields["init"], fields["n_ssm"] or fields["d_model"], WIDEST_RANK)
     options.ignore("rank")
     options.done()
     swaps = fields.pop("swap_channels")

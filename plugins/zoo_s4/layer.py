@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,17 @@ class StateSpaceLayer(SequenceMixer):
         slow = {"weight_decay": 0.0, "lr_scale": self.config.ssm_lr_scale}
         return {name: dict(slow) for name in PER_SYSTEM if name in own}
 
+    def _mix(
+        self, x: Tensor, state: Any, cu_seqlens: Tensor | None, padding_mask: Tensor | None, donate: bool
+    ) -> tuple[Tensor, Any]:
+        """As everywhere, but without a past, zeros around a sequence change nothing in it, and rows may stay rows:
+        packed into one they would ask for a kernel as long as the whole batch."""
+        if padding_mask is None or state is not None:
+            return super()._mix(x, state, cu_seqlens, padding_mask, donate)
+        real = padding_mask.unsqueeze(-1)
+        y, _ = self.mix(torch.where(real, x, 0.0), None, cu_seqlens=None, padding_mask=None, donate=donate)
+        return torch.where(real, y, 0.0), None
+
     def _systems(self) -> tuple[Tensor, Tensor]:
         """Time steps [D,1] or [D,N/2], float64, and the diagonal of A for every channel, complex128 [D,N/2]."""
         config = self.config
@@ -92,7 +104,8 @@ class StateSpaceLayer(SequenceMixer):
     def _convolve(self, x: Tensor, cu_seqlens: Tensor | None, backend: str) -> Tensor:
         """Convolution with the kernels plus the skip, [B,T,channels D]. backend: of `long_convolution`."""
         config = self.config
-        taps = self.kernel(x.shape[1]).to(accumulation_dtype(x.dtype)).unflatten(0, (-1, config.channels)).flatten(1, 2)
+        kernel = self.kernel(longest_sequence(x, cu_seqlens)).to(accumulation_dtype(x.dtype))
+        taps = kernel.unflatten(0, (-1, config.channels)).flatten(1, 2)
         return long_convolution(
             self._repeated(x),
             taps[0],
@@ -123,6 +136,15 @@ class StateSpaceLayer(SequenceMixer):
             parameters=parameters,
             state_elements=batch_size * state if config.causal else 0,
         )
+
+
+def longest_sequence(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Tokens of the longest sequence of x [B,T,D]; T where lengths cannot be read (compiled, or in a CUDA graph)."""
+    if cu_seqlens is None or torch.compiler.is_compiling():
+        return x.shape[1]
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return x.shape[1]
+    return int(cu_seqlens.diff().max())
 
 
 def complex_normal(*shape: int) -> Tensor:

@@ -78,6 +78,8 @@ def initial_systems(config: StateSpaceConfig, width: int, rank: int) -> Initial:
 
 def shared(part: Tensor, channels: int, axis: int) -> Tensor:
     """The S systems along `axis` for `channels` channels: channel d has system d mod S."""
+    if part.shape[axis] == channels:  # each its own: a decode step copies nothing
+        return part
     sizes = [1] * part.dim()
     sizes[axis] = channels // part.shape[axis]
     return part.repeat(sizes)

@@ -15,7 +15,7 @@ from zoo.ops.state_space import state_space_scan
 
 from sequence_mixer import Cost, State
 from sequence_mixer.errors import BackendError, StateError, suggest
-from sequence_mixer.shapes import accumulation_dtype
+from sequence_mixer.shapes import accumulation_dtype, checks_values
 from zoo_s4.config import S4Config
 from zoo_s4.dplr import Dplr, Step, dense, discretise, dplr_kernel, lengthened, readout, scaled, unscaled
 from zoo_s4.layer import StateSpaceLayer, complex_normal
@@ -30,8 +30,9 @@ class S4State(State):
     """What the layer carries: the states, and the readout that C stands for, which depends on the parameters alone.
 
     ssm: [B,D,N/2,2], accumulation dtype.
-    readout: [B,channels,D,N/2,2], the same for every row. Finding it takes O(N^3) a channel, so `initial_state` does it
-        once. It is read where gradients are off; where they are on, C and its readout are taken from the parameters.
+    readout: [B,channels,D,N/2,2], the same for every row but rows of zeros, which take that of the others. Finding it
+        takes O(N^3) a channel, so `initial_state` does it once. It is read where gradients are off; where they are on,
+        C and its readout are taken from the parameters.
     """
 
     ssm: Tensor
@@ -46,6 +47,7 @@ class S4Mixer(StateSpaceLayer):
     """
 
     config: S4Config
+    state_type = S4State
 
     def __init__(self, config: S4Config) -> None:
         super().__init__(config)
@@ -67,7 +69,8 @@ class S4Mixer(StateSpaceLayer):
         padding_mask: Tensor | None,
         donate: bool,
     ) -> tuple[Tensor, S4State | None]:
-        """See `SequenceMixer.mix`. Raises StateError for another mixer's state, BackendError for an unknown backend."""
+        """See `SequenceMixer.mix`. Raises BackendError for an unknown backend and, where values may be
+        looked at, StateError for a state without a readout."""
         if self.backend not in BACKENDS:
             hint = suggest(self.backend, BACKENDS)
             raise BackendError(f"s4 has no backend {self.backend!r}{hint}; it has: {', '.join(BACKENDS)}")
@@ -77,8 +80,6 @@ class S4Mixer(StateSpaceLayer):
             else:
                 y = self._convolve(x, cu_seqlens, "fft" if self.backend == "fft" else "auto")
             return self._finish(y), None
-        if not isinstance(state, S4State):
-            raise StateError(f"state is {type(state).__name__}, wanted the S4State of this mixer's initial_state")
         grad = torch.is_grad_enabled()
         one_token = x.shape[1] == 1 and cu_seqlens is None and self.backend != "reference"
         step = discretise(self._dplr())
@@ -87,7 +88,7 @@ class S4Mixer(StateSpaceLayer):
             assert matrices is not None
             C = unscaled(complex_of(self.C), matrices[0], self.config.kernel_length)
         else:
-            C = complex_of(state.readout[:1].sum(0))
+            C = self._readout_of(state)
         if one_token:
             y, ssm = self._one_token(x, state.ssm, step, C)
         else:
@@ -146,6 +147,19 @@ class S4Mixer(StateSpaceLayer):
         dt, a = self._systems()
         P, B = shared(complex_of(self.P), self.config.d_model, 1), shared(complex_of(self.B)[0], self.config.d_model, 0)
         return Dplr(dt, a, P, B)
+
+    def _readout_of(self, state: S4State) -> Tensor:
+        """C [channels,D,N/2] that a state carries, complex. Rows of zeros, as padding and pools of states make, have
+        none of their own and read with that of the others."""
+        rows = state.readout
+        if len(rows) < 2 or rows.stride(0) == 0:
+            C = rows[:1].sum(0)
+        else:
+            low, high = rows.aminmax(dim=0)
+            C = torch.where(high > -low, high, low)  # the number that is not 0, exactly
+        if checks_values(C) and len(rows) > 0 and not C.any() and self.C.any():
+            raise StateError("state.readout holds zeros, and so no C; begin from this mixer's initial_state")
+        return complex_of(C)
 
     def _scan(
         self, x: Tensor, matrices: tuple[Tensor, Tensor], C: Tensor, ssm: Tensor | None, cu_seqlens: Tensor | None

@@ -14,7 +14,6 @@ from zoo.ops.lti import lti_scan
 from zoo.ops.lti.vandermonde import lti_kernel
 
 from sequence_mixer import Cost, State
-from sequence_mixer.errors import StateError
 from sequence_mixer.shapes import accumulation_dtype
 from zoo_s4.config import S4dConfig
 from zoo_s4.diagonal import discretise
@@ -39,6 +38,7 @@ class S4dMixer(StateSpaceLayer):
     """
 
     config: S4dConfig
+    state_type = S4dState
 
     def __init__(self, config: S4dConfig) -> None:
         super().__init__(config)
@@ -64,9 +64,7 @@ class S4dMixer(StateSpaceLayer):
         padding_mask: Tensor | None,
         donate: bool,
     ) -> tuple[Tensor, S4dState | None]:
-        """See `SequenceMixer.mix`. Raises StateError for the state of another mixer."""
-        if state is not None and not isinstance(state, S4dState):
-            raise StateError(f"state is {type(state).__name__}, wanted the S4dState of this mixer's initial_state")
+        """See `SequenceMixer.mix`."""
         config = self.config
         if self.backend == "fft" and state is None:  # as one convolution, which serves packed rows and needs no state
             return self._finish(self._convolve(x, cu_seqlens, "fft")), None

@@ -86,6 +86,30 @@ def test_half_precision_stays_within_its_budget(device: str, dtype: torch.dtype)
     check(inputs(device, 2, 130, ahead=True), dtype)
 
 
+@pytest.mark.parametrize("reverse_lag", [0, 1])
+def test_two_directions_are_rounded_once(device: str, reverse_lag: int) -> None:
+    """3 a token behind minus 3 a token ahead: either sum exceeds 256, where bfloat16 skips odd numbers."""
+    log_a, c = torch.zeros(2, 1, 2, device=device), torch.tensor([0.5, 0.0], device=device).expand(2, 1, 2)
+    x = torch.full((1, 130, 2), 3.0, dtype=torch.bfloat16, device=device).requires_grad_()
+    y, _ = lti_scan(x, log_a, c, c_reverse=-c, reverse_lag=reverse_lag, backend="triton")
+    (dx,) = torch.autograd.grad(y, x, torch.full_like(y, 3.0))
+    behind = 3.0 * torch.arange(1, 131, device=device)
+    ahead = behind.flip(0) - 3.0 * reverse_lag
+    for value, exact in ((y, behind - ahead), (dx, behind.flip(0) - behind + 3.0 * reverse_lag)):
+        held = exact.abs() <= 256  # the interpreter cuts off what bfloat16 does not hold
+        assert held.sum() > 80
+        assert torch.equal(value[0, held].float(), exact[held, None].expand(-1, 2))
+
+
+def test_the_flop_counter_sees_both_directions(device: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    given: dict[str, Any] = inputs(device, 2, 70, ahead=True)
+    with FlopCounterMode(display=False) as counter:
+        lti_scan(**given, backend="triton")
+    assert counter.get_total_flops() == 2 * flops(2, 70, 2, 4)
+
+
 @pytest.mark.parametrize("ends", PACKINGS)
 @pytest.mark.parametrize("ahead", [False, True])
 def test_packed_sequences_meet_the_definition(device: str, ends: list[int], ahead: bool) -> None:
@@ -172,16 +196,18 @@ def test_later_tokens_leave_earlier_outputs_exactly_alone(device: str) -> None:
 
 @pytest.mark.parametrize("full", [False, True])
 def test_the_custom_operators_keep_their_promises(device: str, full: bool) -> None:
-    given = inputs(device, 1, 9, 2, 2, sequences=2)
-    leaves: list[Any] = [given[name].requires_grad_() for name in ("x", "log_a", "c", "D", "initial_state")]
+    given = inputs(device, 1, 9, 2, 2, sequences=2, ahead=True)
+    leaves: list[Any] = [
+        given[name].requires_grad_() for name in ("x", "log_a", "c", "D", "c_reverse", "initial_state")
+    ]
     ends = torch.tensor([0, 2, 9], device=device)
     if not full:
-        leaves[3:], ends = [None, None], None
-    torch.library.opcheck(triton_path.lti_scan_forward, (*leaves, ends, 0))
-    outputs = triton_path.lti_scan_forward(*leaves, ends, 0)
+        leaves[3:], ends = [None, None, None], None
+    torch.library.opcheck(triton_path.lti_scan_forward, (*leaves, ends, 1))
+    outputs = triton_path.lti_scan_forward(*leaves, ends, 1)
     cotangents = [torch.randn_like(t) for t in outputs]
     detached = [None if t is None else t.detach() for t in leaves]
-    torch.library.opcheck(triton_path.lti_scan_backward, (*cotangents, *detached, ends, 0))
+    torch.library.opcheck(triton_path.lti_scan_backward, (*cotangents, *detached, ends, 1))
 
 
 def test_the_triton_path_compiles_into_one_graph(device: str) -> None:

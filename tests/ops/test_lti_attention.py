@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.ops.dispatch import record_dispatch
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.lti_attention import flops, lti_attention
+from zoo.ops.lti_attention.cost import plain_chunk
 from zoo.ops.lti_attention.fft import convolved
 
 from golden import load_case
@@ -150,6 +151,30 @@ def test_slow_modes_keep_their_phase_over_16384_tokens() -> None:
         wide_y, wide_final = lti_attention(**exact, backend="chunked")
         assert relative_rms(y, wide_y) < 1e-5
         assert relative_rms(final, wide_final) < 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_wide_heads_have_longer_chunks(packed: bool) -> None:
+    """A state of N P^2 numbers for every 64 tokens would be larger than all of them together."""
+    ends = [0, 0, 140, 400] if packed else None
+    given = inputs_of(400, width=16, modes=8, heads=2, batch=1, sequences=3 if packed else 1)
+    assert plain_chunk(8, 16, 400) == 128
+    options = {"cu_seqlens": torch.tensor(ends) if packed else None}
+    assert_same(run(given, "chunked", **options), run(given, "reference", **options))
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_slow_modes_do_not_drift_over_thousands_of_steps(width: int) -> None:
+    """Token by token in float32: a factor near 1, rounded, would add its error up in every step."""
+    log_a = torch.tensor([[[-1e-4, 3e-4], [-1e-5, 0.0]]], dtype=torch.float64)
+    c = torch.ones(1, 2, 2, dtype=torch.float64)
+    q, k, v = (1.0 + 0.1 * torch.randn(1, 4000, 1, width) for _ in range(3))
+    state = torch.zeros(1, 1, 2, 2, width, width)
+    for t in range(k.shape[1]):
+        now = slice(t, t + 1)
+        _, state = lti_attention(q[:, now], k[:, now], v[:, now], log_a, c, initial_state=state)
+    _, exact = lti_attention(q.double(), k.double(), v.double(), log_a, c, backend="chunked")
+    assert rms(state - exact) / rms(exact) < 2e-6
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -14,7 +14,7 @@ from zoo.ops.lti import lti_kernel, lti_moments
 
 from golden import GoldenCase, load_case
 from sequence_mixer.conformance.budget import judge, relative_rms
-from sequence_mixer.errors import BackendError, DtypeError, PackingError, ShapeError
+from sequence_mixer.errors import BackendError, ConfigError, DtypeError, PackingError, ShapeError
 
 PATHS = ["reference", "chunked", "fft"]
 PACKINGS = [[0, 1, 1, 3, 13, 17, 17, 150, 215], [0, 0, 2, 2], [0, 129], [0, 0, 0]]
@@ -352,7 +352,7 @@ def test_wrong_calls_are_refused_in_words() -> None:
         lti_scan(x, log_a[:, :0], c[:, :0])
     with pytest.raises(ShapeError, match=r"initial_state has shape \[2, 3, 4, 2\], wanted \[S=1, D=3, M=4, 2\]"):
         lti_scan(x[:1], log_a, c, initial_state=given["initial_state"], cu_seqlens=torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match="reverse_lag is 2"):
+    with pytest.raises(ConfigError, match="reverse_lag is 2"):
         lti_scan(x, log_a, c, reverse_lag=2)
     with pytest.raises(DtypeError, match=r"c is torch\.complex128.*real pairs"):
         lti_scan(x, log_a, torch.zeros(3, 4, 2, dtype=torch.complex128))

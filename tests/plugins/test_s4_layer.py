@@ -117,6 +117,21 @@ def build_other(name: str) -> StateSpaceLayer:
     return layer("s4d" if name == "s4" else "s4")
 
 
+@torch.no_grad()
+def test_rows_of_zeros_are_sequences_without_a_past() -> None:
+    """A pool of states begins as zeros; whichever row holds them, the other rows keep their outputs."""
+    mixer, x = layer("s4", "rank_2"), tokens(3, 9, 64)
+    _, state = mixer.extend(x, mixer.initial_state(3))
+    pool = state.map(lambda leaf: torch.cat([torch.zeros_like(leaf[:1]), leaf]))
+    for count in (1, 4):
+        more = tokens(3, count, 64)
+        y, _ = mixer.extend(torch.cat([more[:1], more]), pool)
+        torch.testing.assert_close(y[1:], mixer.extend(more, state)[0], **EXACT)
+        torch.testing.assert_close(y[:1], mixer(more[:1]), **EXACT)
+    with pytest.raises(StateError, match=r"state\.readout holds zeros.*initial_state"):
+        mixer.extend(x, state.map(torch.zeros_like))
+
+
 def test_states_carried_over_optimiser_steps_read_the_new_parameters() -> None:
     """Truncated back-propagation: with gradients on, nothing that the state brought stands in for a parameter."""
     mixer, x = layer("s4"), tokens(1, 6)
@@ -142,6 +157,17 @@ def test_packed_sequences_do_not_meet(name: str, example: str) -> None:
         mixer.backend = backend
         found = with_gradients(mixer, mixer(torch.cat(pieces, 1), cu_seqlens=cu), *pieces, cotangent=cotangent)
         near(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d"])
+def test_kernels_are_as_long_as_the_longest_sequence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as long as a packed row, nor as all rows of a padded batch together."""
+    mixer, x, asked = layer(name, backend="fft"), tokens(4, 40, 64), []
+    plain = mixer.kernel
+    monkeypatch.setattr(mixer, "kernel", lambda length: asked.append(length) or plain(length))
+    mixer(x.flatten(0, 1).unsqueeze(0), cu_seqlens=torch.tensor([0, 30, 30, 100, 160]))
+    mixer(x, padding_mask=torch.arange(40) < torch.tensor([[40], [0], [7], [25]]))
+    assert asked == [70, 40]
 
 
 @pytest.mark.parametrize(("name", "example"), CAUSAL)
@@ -260,7 +286,7 @@ def test_backends_are_those_that_serve_the_config() -> None:
     assert names(S4Config(d_model=64, rank=3, channels=13)) == ["triton", *plain]
     assert names(S4Config(d_model=64, rank=3, channels=14)) == plain
     assert names(S4dConfig(d_model=64, d_state=256)) == ["triton", *plain]
-    assert names(S4dConfig(d_model=64, d_state=256, real=True)) == plain
+    assert names(S4dConfig(d_model=64, d_state=256, init="real", real=True)) == plain
     assert (MOST_SUMS, MOST_MODES) == (cauchy.MOST_SUMS, triton_path.MOST_MODES)
 
 
@@ -274,6 +300,7 @@ def test_bad_configs_and_calls_are_refused_in_words() -> None:
         (S4dConfig, {"output": "none", "channels": 2}, "need an output map"),
         (S4dConfig, {"output": "none", "bias": False}, "no effect"),
         (S4dConfig, {"real": True, "bandlimit": 0.5}, "bandlimit would have no effect"),
+        (S4dConfig, {"real": True}, "the modes of init='legs' are all alike; wanted init='real'"),
         (S4dConfig, {"real": True, "imag_transform": "exp"}, "imag_transform would have no effect"),
         (S4dConfig, {"rank": 1}, "rank"),
         (S4Config, {"init": "legt"}, "needs rank=2, got 1"),

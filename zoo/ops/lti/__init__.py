@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sequence_mixer.errors import ShapeError
+from sequence_mixer.errors import ConfigError, ShapeError
 from sequence_mixer.shapes import (
     accumulation_dtype,
     expect_cu_seqlens,
@@ -59,7 +59,7 @@ def lti_scan(
     backend: "auto", "triton", "chunked", "fft" or "reference". Only fft is causal up to rounding, not exactly.
     Returns y [B,T,D] in the dtype of x and the state after the last token, shaped like `initial_state`, in the
     accumulation dtype; both differentiable in x, log_a, c, D, c_reverse and initial_state.
-    Raises ShapeError, DtypeError, DeviceError, PackingError, BackendError; ValueError for another reverse_lag.
+    Raises ShapeError, DtypeError, DeviceError, PackingError, BackendError; ConfigError for another reverse_lag.
     """
     sizes = expect_shape("x", x, "B T D")
     sizes = expect_shape("log_a", log_a, "D M 2", sizes)
@@ -67,7 +67,7 @@ def lti_scan(
     if sizes["M"] < 1:
         raise ShapeError(f"log_a has shape {list(log_a.shape)}, wanted [D, M, 2] with at least one mode")
     if reverse_lag not in (0, 1):
-        raise ValueError(f"reverse_lag is {reverse_lag!r}, wanted 0 (lag 0 meets the token) or 1 (the next token)")
+        raise ConfigError(f"reverse_lag is {reverse_lag!r}, wanted 0 (lag 0 meets the token) or 1 (the next token)")
     if c_reverse is not None:
         expect_shape("c_reverse", c_reverse, "D M 2", sizes)
     if D is not None:

@@ -25,16 +25,14 @@ def triton_refuses(*, modes: int, **other: object) -> str | None:
 
 
 def scan_triton(x: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
-    """x [B,T,D] -> y [B,T,D], final state [S,D,M,2]. The kernel ahead is the same scan of the tokens in reverse."""
+    """x [B,T,D] -> y [B,T,D], final state [S,D,M,2]."""
     if x.numel() == 0:
         return scan.untouched(x)
     if x.shape[1] == 1 and scan.cu_seqlens is None:
         return scan_one_token(x, scan)
-    y, final = lti_scan_forward(x, scan.log_a, scan.c, scan.D, scan.initial_state, scan.cu_seqlens, 0)
-    if scan.c_reverse is not None:
-        mirrored = None if scan.cu_seqlens is None else x.shape[1] - scan.cu_seqlens.flip(0)
-        ahead, _ = lti_scan_forward(x.flip(1), scan.log_a, scan.c_reverse, None, None, mirrored, scan.reverse_lag)
-        y = y + ahead.flip(1)
+    y, final = lti_scan_forward(
+        x, scan.log_a, scan.c, scan.D, scan.c_reverse, scan.initial_state, scan.cu_seqlens, scan.reverse_lag
+    )
     return y, final
 
 
@@ -44,14 +42,15 @@ def lti_scan_forward(
     log_a: Tensor,
     c: Tensor,
     skip: Tensor | None,
+    c_reverse: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    lag: int,
+    reverse_lag: int,
 ) -> tuple[Tensor, Tensor]:
-    """y [B,T,D] in the dtype of x, final state [S,D,M,2] in float32; lag 1: the kernel begins at the token before."""
+    """y [B,T,D] in the dtype of x, rounded once, and the final state [S,D,M,2] in float32."""
     from zoo.ops.lti.kernels import launch
 
-    return launch.forward(x, log_a, c, skip, initial_state, cu_seqlens, lag)
+    return launch.forward(x, log_a, c, skip, c_reverse, initial_state, cu_seqlens, reverse_lag)
 
 
 @lti_scan_forward.register_fake
@@ -60,9 +59,10 @@ def _(
     log_a: Tensor,
     c: Tensor,
     skip: Tensor | None,
+    c_reverse: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    lag: int,
+    reverse_lag: int,
 ) -> tuple[Tensor, Tensor]:
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return x.new_empty(x.shape), x.new_empty((sequences, *log_a.shape), dtype=torch.float32)
@@ -76,14 +76,15 @@ def lti_scan_backward(
     log_a: Tensor,
     c: Tensor,
     skip: Tensor | None,
+    c_reverse: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    lag: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, log_a, c, skip and initial_state; an empty tensor for each that is absent."""
+    reverse_lag: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, log_a, c, skip, c_reverse and initial_state; an empty tensor for each that is absent."""
     from zoo.ops.lti.kernels import launch
 
-    return launch.backward(dy, dfinal, x, log_a, c, skip, initial_state, cu_seqlens, lag)
+    return launch.backward(dy, dfinal, x, log_a, c, skip, c_reverse, initial_state, cu_seqlens, reverse_lag)
 
 
 @lti_scan_backward.register_fake
@@ -94,24 +95,25 @@ def _(
     log_a: Tensor,
     c: Tensor,
     skip: Tensor | None,
+    c_reverse: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    lag: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dskip = x.new_empty(0) if skip is None else skip.new_empty(skip.shape)
-    dinitial = x.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
-    return x.new_empty(x.shape), log_a.new_empty(log_a.shape), c.new_empty(c.shape), dskip, dinitial
+    reverse_lag: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = (x, log_a, c, skip, c_reverse, initial_state)
+    made = [x.new_empty(0) if part is None else part.new_empty(part.shape) for part in given]
+    return made[0], made[1], made[2], made[3], made[4], made[5]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.lag = inputs
+    *tensors, ctx.reverse_lag = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
-    gradients = lti_scan_backward(dy, dfinal, *inputs, ctx.lag)
-    kept = (None if part is None else grad for part, grad in zip(inputs[:5], gradients, strict=True))
+    gradients = lti_scan_backward(dy, dfinal, *inputs, ctx.reverse_lag)
+    kept = (None if part is None else grad for part, grad in zip(inputs[:6], gradients, strict=True))
     return (*kept, None, None)
 
 
@@ -121,14 +123,31 @@ for _op, _forward in ((lti_scan_forward, True), (lti_scan_backward, False)):
 
 
 @flop_formula(torch.ops.zoo.lti_scan)
-def _forward_flops(x: Sequence[int], log_a: Sequence[int], *_: Any, **__: Any) -> int:
-    return flops(x[0], x[1], x[2], log_a[1])
+def _forward_flops(
+    x: Sequence[int],
+    log_a: Sequence[int],
+    c: Sequence[int],
+    skip: Sequence[int] | None,
+    c_reverse: Sequence[int] | None,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return (1 if c_reverse is None else 2) * flops(x[0], x[1], x[2], log_a[1])
 
 
 @flop_formula(torch.ops.zoo.lti_scan_backward)
 def _backward_flops(
-    dy: Sequence[int], dfinal: Sequence[int], x: Sequence[int], log_a: Sequence[int], *_: Any, **__: Any
+    dy: Sequence[int],
+    dfinal: Sequence[int],
+    x: Sequence[int],
+    log_a: Sequence[int],
+    c: Sequence[int],
+    skip: Sequence[int] | None,
+    c_reverse: Sequence[int] | None,
+    *_: Any,
+    **__: Any,
 ) -> int:
     """The mirrored scan for x; states and four more products with powers, and the pairs of a chunk, for the rest."""
     scan = flops(x[0], x[1], x[2], log_a[1])
-    return scan + 2 * x[0] * x[1] * x[2] * (min(64, x[1]) + 8 * log_a[1])
+    one_way = scan + 2 * x[0] * x[1] * x[2] * (min(64, x[1]) + 8 * log_a[1])
+    return one_way if c_reverse is None else 2 * one_way

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sequence_mixer.shapes import accumulation_dtype
-from zoo.ops.lti_attention.cost import CHUNK, NARROW
+from zoo.ops.lti_attention.cost import NARROW, plain_chunk
 from zoo.ops.lti_attention.factors import chunk_factors, power_of, powers, times, toeplitz
 from zoo.ops.lti_attention.one_token import one_token
 from zoo.ops.lti_attention.scalar import gated_scan
@@ -39,7 +39,7 @@ def lti_attention_chunked(
         wide_q, wide_k, wide_v = (part.to(inner) for part in (q, k, v))
         y, final = gated_scan(wide_q, wide_k, wide_v, log_a, c, D, initial_state, cu_seqlens, "chunked")
         return y.to(v.dtype), final
-    layout = layout_of(v, cu_seqlens)
+    layout = layout_of(v, log_a.shape[1], cu_seqlens)
     factors = chunk_factors(log_a, c, D, layout.chunk, inner)
     # letters: R rows, C chunks, H heads, K tokens of a chunk, Q = P^2 products k_a v_b
     q_RCHKP, k_RCHKP, v_RCHKP = (layout.split(part.to(inner)).movedim(3, 2) for part in (q, k, v))
@@ -60,9 +60,12 @@ def lti_attention_chunked(
     return layout.join(y_RCHKP.movedim(2, 3)).to(v.dtype), keep_empty(final, initial_state, layout)
 
 
-def layout_of(v: Tensor, cu_seqlens: Tensor | None) -> Layout:
-    """How the tokens of v [B,T,H,P], T >= 1, lie in chunks."""
-    return rows_in_chunks(v, min(CHUNK, v.shape[1])) if cu_seqlens is None else packed_in_chunks(v, cu_seqlens)
+def layout_of(v: Tensor, modes: int, cu_seqlens: Tensor | None) -> Layout:
+    """How the tokens of v [B,T,H,P], T >= 1, lie in chunks: in a packed row not longer than a usual sequence."""
+    tokens, width = v.shape[1], v.shape[3]
+    if cu_seqlens is None:
+        return rows_in_chunks(v, min(plain_chunk(modes, width, tokens), tokens))
+    return packed_in_chunks(v, cu_seqlens, plain_chunk(modes, width, tokens // max(1, cu_seqlens.numel() - 1)))
 
 
 def empty_result(

@@ -42,7 +42,7 @@ def lti_attention_fft(
     inner = accumulation_dtype(v.dtype)
     wide_q, wide_k, wide_v = (part.to(inner) for part in (q, k, v))
     y = convolved(wide_q, wide_k, wide_v, lti_kernel(log_a, c, v.shape[1], dtype=inner), D, cu_seqlens)
-    layout = layout_of(v, cu_seqlens)
+    layout = layout_of(v, log_a.shape[1], cu_seqlens)
     factors = chunk_factors(log_a, c, None, layout.chunk, inner)
     q_RCHKP, k_RCHKP, v_RCHKP = (layout.split(part).movedim(3, 2) for part in (wide_q, wide_k, wide_v))
     pairs_RCHKQ = pairs_of(k_RCHKP, v_RCHKP)

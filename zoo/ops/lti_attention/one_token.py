@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sequence_mixer.shapes import accumulation_dtype
-from zoo.ops.lti_attention.factors import power_of, times
+from zoo.ops.lti_attention.factors import power_of
 
 
 def one_token(
@@ -29,9 +29,11 @@ def one_token(
     re = pair.unsqueeze(2).expand(*pair.shape[:2], log_a.shape[1], *pair.shape[2:])  # [B,H,M,P,P]
     im = torch.zeros_like(re)
     if initial_state is not None:
-        factor = power_of(log_a, 1).to(inner)[..., None, None, :]
-        kept = times(initial_state.to(inner).movedim(3, -1), factor)
-        re, im = re + kept[..., 0], kept[..., 1]
+        a_re, a_im = power_of(log_a, 1)[..., None, None, :].unbind(-1)  # [H,M,1,1]
+        less, a_im = (a_re - 1.0).to(inner), a_im.to(inner)  # a factor near 1 would round the rate of a slow mode away
+        s_re, s_im = initial_state.to(inner).unbind(3)
+        re = re + (s_re + (less * s_re - a_im * s_im))
+        im = s_im + (less * s_im + a_im * s_re)
     seen = (weight[..., 0, None, None] * re - weight[..., 1, None, None] * im).sum(2)
     if D is not None:
         seen = seen + D.to(inner)[:, None, None] * pair

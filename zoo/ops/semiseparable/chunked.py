@@ -164,10 +164,10 @@ def rows_in_chunks(v: Tensor, chunk: int) -> Layout:
     return Layout(chunk, chunks, tokens, torch.arange(chunks, device=v.device) == 0)
 
 
-def packed_in_chunks(v: Tensor, cu_seqlens: Tensor) -> Layout:
+def packed_in_chunks(v: Tensor, cu_seqlens: Tensor, chunk: int = CHUNK) -> Layout:
     """Each of the S sequences of a packed row [1,T,...] begins a chunk. Shapes follow from T and S, not from values."""
     tokens, sequences, device = v.shape[1], cu_seqlens.numel() - 1, v.device
-    chunk = min(CHUNK, tokens)
+    chunk = min(chunk, tokens)
     bounds = cu_seqlens.long()
     lengths = bounds.diff()
     needed = (lengths + chunk - 1) // chunk

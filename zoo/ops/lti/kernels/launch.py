@@ -1,11 +1,13 @@
 """Launches the kernels of the diagonal scan with block sizes that follow from sizes and dtype; nothing is searched.
 
 The kernels read tokens along the last axis, [D, B T]: one channel's tokens are an operand of its matrix products. The
-one transposed copy of x, and of the gradients, is made here.
+one transposed copy of x, and of the gradients, is made here. A kernel ahead is the transpose of a kernel behind: its
+forward is the other's backward in x, and the other way round; both directions add up in float32.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,22 +105,28 @@ def rows_of(x: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Rows:
 class Launch:
     """One call: its tables, its rows, and the kernels over them."""
 
-    def __init__(
-        self, x: Tensor, log_a: Tensor, c: Tensor, D: Tensor | None, cu_seqlens: Tensor | None, lag: int
-    ) -> None:
-        """x: [B,T,D]. log_a, c: [D,M,2]. D: [D] or None. lag: 0, or 1 for a kernel that begins at the token before."""
+    def __init__(self, x: Tensor, log_a: Tensor, c: Tensor, D: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        """x: [B,T,D]. log_a, c: [D,M,2]. D: [D] or None."""
         self.channels, self.modes = log_a.shape[:2]
         block_m = max(16, triton.next_power_of_2(self.modes))
         chunk, self.row_tile = tile_sizes(x.dtype, block_m)
         self.rows = rows_of(x, cu_seqlens, chunk)
         self.count = self.rows.start.numel()
         self.blocks: dict[str, Any] = {
-            "D": self.channels, "M": self.modes, "LAG": lag, "CHUNK": chunk, "ROWS": self.row_tile,
+            "D": self.channels, "M": self.modes, "LAG": 0, "CHUNK": chunk, "ROWS": self.row_tile,
             "BLOCK_M": block_m, "OPERAND": OPERANDS[x.dtype], "num_warps": WARPS, "num_stages": 2,
         }  # fmt: skip
-        self.tables = self._tables(log_a, c, D, chunk, lag, block_m)
+        self.tables = self._tables(log_a, c, D)
 
-    def _tables(self, log_a: Tensor, c: Tensor, D: Tensor | None, chunk: int, lag: int, block_m: int) -> Tables:
+    def with_kernel(self, log_a: Tensor, c: Tensor, lag: int) -> Launch:
+        """The same rows under another kernel without a skip. lag: 0, or 1 if its tap 0 meets the token next door."""
+        other = copy.copy(self)
+        other.blocks = self.blocks | {"LAG": lag}
+        other.tables = other._tables(log_a, c, None)
+        return other
+
+    def _tables(self, log_a: Tensor, c: Tensor, D: Tensor | None) -> Tables:
+        chunk, lag, block_m = (self.blocks[name] for name in ("CHUNK", "LAG", "BLOCK_M"))
         log_a, c = log_a.double().contiguous(), c.double().contiguous()
         skip = None if D is None else D.double().contiguous()
         channels, modes = self.channels, self.modes
@@ -168,14 +176,25 @@ class Launch:
             )  # fmt: skip
         return states, slopes, last, last_slope
 
-    def mix(self, x_t: Tensor, states: Tensor, *, reverse: bool) -> Tensor:
-        """Outputs [D,BT] of tokens [D,BT], or gradients of tokens of gradients of outputs."""
-        y_t = torch.empty_like(x_t)
+    def mix(
+        self,
+        x_t: Tensor,
+        states: Tensor,
+        *,
+        reverse: bool,
+        dtype: torch.dtype | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """Outputs [D,BT] of tokens [D,BT], or gradients of tokens of gradients of outputs.
+
+        dtype: of the result; None for that of x_t. onto: float32 [D,BT] to add the result to, in place, or None.
+        """
+        y_t = torch.empty_like(x_t, dtype=dtype) if onto is None else onto
         tables, rows = self.tables, self.rows
         with on_device(x_t):
             mix_kernel[self.grid](
                 x_t, tables.powers, tables.weights, tables.taps, tables.step, rows.start, rows.length, states, y_t,
-                self.count, *x_t.stride(), *y_t.stride(), REVERSE=reverse, **self.blocks,
+                self.count, *x_t.stride(), *y_t.stride(), REVERSE=reverse, ONTO=onto is not None, **self.blocks,
             )  # fmt: skip
         return y_t
 
@@ -208,16 +227,21 @@ def forward(
     log_a: Tensor,
     c: Tensor,
     D: Tensor | None,
+    c_reverse: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    lag: int,
+    reverse_lag: int,
 ) -> tuple[Tensor, Tensor]:
     """y [B,T,D] in the dtype of x and the final state [S,D,M,2] float32."""
-    launch = Launch(x, log_a, c, D, cu_seqlens, lag)
+    launch = Launch(x, log_a, c, D, cu_seqlens)
     x_t = time_last(x, None, x.dtype).flatten(1)
     states, _, last, _ = launch.row_states(x_t, planes(initial_state), reverse=False, weighted=False)
-    y_t = launch.mix(x_t, states, reverse=False).unflatten(1, x.shape[:2])
-    return time_first(y_t, None, x.dtype)[0], pairs(last)
+    y_t = launch.mix(x_t, states, reverse=False, dtype=None if c_reverse is None else torch.float32)
+    if c_reverse is not None:
+        ahead = launch.with_kernel(log_a, c_reverse, reverse_lag)
+        coming, _, _, _ = ahead.row_states(x_t, None, reverse=True, weighted=False)
+        ahead.mix(x_t, coming, reverse=True, onto=y_t)
+    return time_first(y_t.unflatten(1, x.shape[:2]), None, x.dtype)[0], pairs(last)
 
 
 def backward(
@@ -227,31 +251,42 @@ def backward(
     log_a: Tensor,
     c: Tensor,
     D: Tensor | None,
+    c_reverse: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    lag: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, log_a, c, D and the initial state; empty tensors for those that are absent.
+    reverse_lag: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, log_a, c, D, c_reverse and the initial state; empty tensors for those that are absent.
 
     The states before rows of up to 1,024 tokens are computed anew. Orders of summation are fixed, so gradients are the
-    same in every run.
+    same in every run. To the kernel ahead, dy are tokens that its transpose scans, and x what it is compared with.
     """
-    launch = Launch(x, log_a, c, D, cu_seqlens, lag)
+    launch = Launch(x, log_a, c, D, cu_seqlens)
     dy_t, dlast = time_last(dy, None, x.dtype).flatten(1), planes(dfinal)
     leaving, _, dfirst, _ = launch.row_states(dy_t, dlast, reverse=True, weighted=False)
-    dx_t = launch.mix(dy_t, leaving, reverse=True).unflatten(1, x.shape[:2])
-    dx = time_first(dx_t, None, x.dtype)[0]
-    del leaving, dx_t
+    dx_t = launch.mix(dy_t, leaving, reverse=True, dtype=None if c_reverse is None else torch.float32)
+    del leaving
     x_t = time_last(x, None, x.dtype).flatten(1)
+    dlog_a, dc_reverse = log_a.new_zeros((), dtype=torch.float64), x.new_empty(0)
+    if c_reverse is not None:
+        ahead = launch.with_kernel(log_a, c_reverse, reverse_lag)
+        states, slopes, _, _ = ahead.row_states(dy_t, None, reverse=False, weighted=True)
+        ahead.mix(dy_t, states, reverse=False, onto=dx_t)
+        dtaps, sums = ahead.shared_gradients(dy_t, x_t, states, slopes)
+        dlog_a, dc = _mode_gradients(ahead, dtaps[:, reverse_lag:], sums)
+        dc_reverse = dc.to(c_reverse.dtype)
+    dx = time_first(dx_t.unflatten(1, x.shape[:2]), None, x.dtype)[0]
+    del dx_t
     states, slopes, _, last_slope = launch.row_states(x_t, planes(initial_state), reverse=False, weighted=True)
     dtaps, sums = launch.shared_gradients(x_t, dy_t, states, slopes)
-    dlog_a, dc = _mode_gradients(launch, dtaps[:, lag:], sums)
+    inside, dc = _mode_gradients(launch, dtaps, sums)
     assert dlast is not None
     g_re, g_im, w_re, w_im = (part.double() for both in (dlast, last_slope) for part in both.unbind(1))
-    dlog_a = dlog_a + torch.stack([g_re * w_re + g_im * w_im, g_im * w_re - g_re * w_im], -1).sum(0)
+    after = torch.stack([g_re * w_re + g_im * w_im, g_im * w_re - g_re * w_im], -1).sum(0)
+    dlog_a = (dlog_a + inside + after).to(log_a.dtype)
     dskip = dtaps[:, 0].to(D.dtype) if D is not None else x.new_empty(0)
     dinitial = pairs(dfirst).to(initial_state.dtype) if initial_state is not None else x.new_empty(0)
-    return dx, dlog_a.to(log_a.dtype), dc.to(c.dtype), dskip, dinitial
+    return dx, dlog_a, dc.to(c.dtype), dskip, dc_reverse, dinitial
 
 
 def _mode_gradients(launch: Launch, dkernel: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,16 +23,16 @@ def mix_kernel(
     x_ptr, power_ptr, c_ptr,  # [D,BT] by strides; [D,2,M,CHUNK+1] and [D,M,2] float32
     taps_ptr, step_ptr,  # [D,CHUNK] and [D,4,M] float32
     start_ptr, length_ptr, states_ptr,  # int64 [rows], int32 [rows], [rows,2,D,M] float32
-    y_ptr,  # [D,BT] by strides
+    y_ptr,  # [D,BT] by strides; ONTO: what is there already, float32, is added
     rows, x_stride_d, x_stride_t, y_stride_d, y_stride_t,
-    D: tl.constexpr, M: tl.constexpr, LAG: tl.constexpr, REVERSE: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, LAG: tl.constexpr, REVERSE: tl.constexpr, ONTO: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """One program owns ROWS rows of one channel and walks over their chunks with the state in registers.
 
     Forward: states_ptr is the state before each row; chunks begin where the row begins. In reverse: x is the gradient
     of the outputs, y that of the inputs, states_ptr the gradient of the state after each row; chunks end where the row
-    ends, the first of them may be short.
+    ends, the first of them may be short. That is also the kernel ahead, with x the tokens and an empty state after.
     """
     channel = (tl.program_id(0) % D).to(tl.int64)
     row, start, length, longest = row_block(start_ptr, length_ptr, tl.program_id(0) // D, rows, ROWS)
@@ -66,7 +66,10 @@ def mix_kernel(
         y += product(s_re, out_re, OPERAND)
         y += product(s_im, out_im, OPERAND)
         inside = (t >= 0) & (t < length[:, None])
-        tl.store(y_ptr + (start[:, None] + t) * y_stride_t, y.to(y_ptr.dtype.element_ty), mask=inside)
+        at = y_ptr + (start[:, None] + t) * y_stride_t
+        if ONTO:
+            y += tl.load(at, mask=inside, other=0.0)
+        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside)
         s_re, s_im = advance(s_re, s_im, re, im, lost_re, lost_im)
         s_re += product(x, into_re, OPERAND)
         s_im += product(x, into_im, OPERAND)
