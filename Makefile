@@ -25,8 +25,9 @@ check: setup  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-gpu-test:  ## conformance, kernels and a benchmark smoke on CUDA, with the python that holds torch (PYTHON=...)
-	$(PYTHON) benchmarks/gpu_test.py
+gpu-test:  ## conformance, kernels and a benchmark smoke on CUDA; by PYTHON if it has torch, else by .venv, set up first
+	@if $(PYTHON) -c 'import pytest, torch, xdist' 2>/dev/null; then $(PYTHON) benchmarks/gpu_test.py; \
+	else $(MAKE) setup && $(BIN)/python benchmarks/gpu_test.py; fi
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache dist

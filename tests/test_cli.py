@@ -85,6 +85,7 @@ class TestWhatIsRegistered:
         code, out, _ = zoo("matrix", name, "--length", "16")
         assert code == 0
         assert "rank of the block" in out
+        assert "rank of the whole matrix: " in out
         assert (tmp_path / f"{name}-matrix.png").read_bytes().startswith(b"\x89PNG")
 
     def test_explain_tells_which_backend_serves_and_why_not_the_others(self, zoo: Zoo, stateful: str) -> None:

@@ -51,7 +51,11 @@ def resolve(mixer: str | os.PathLike[str] | Mapping[str, Any] | MixerConfig, **o
         return mixer.model_copy(update=options) if options else mixer
     if isinstance(mixer, os.PathLike) or (isinstance(mixer, str) and mixer.endswith((".yaml", ".yml", ".json"))):
         mixer = read_config_file(Path(mixer))
-    fields = {"name": mixer} if isinstance(mixer, str) else dict(mixer)
+    try:
+        fields = {"name": mixer} if isinstance(mixer, str) else dict(mixer)
+    except (TypeError, ValueError):
+        came = type(mixer).__name__
+        raise ConfigError(f"the mixer is a {came}, wanted a name, a mapping, a config, or a file's path") from None
     fields.update(options)
     if not isinstance(fields.get("name"), str):
         raise ConfigError(f"a mixer config needs a 'name', got the keys {', '.join(map(str, fields)) or 'none'}")

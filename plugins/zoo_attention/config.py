@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from sequence_mixer.config import Count
 from sequence_mixer.headed_config import HeadedConfig
 
+USUAL_BASE = 10_000.0
+
 
 class AttentionConfig(HeadedConfig):
     """Softmax attention with H query heads and G key/value heads of P channels (MHA: G = H, MQA: G = 1)."""
@@ -20,7 +22,9 @@ class AttentionConfig(HeadedConfig):
     rope: Literal["none", "half", "interleaved"] = Field(
         "half", description="rotary positions: channel r is paired with r + P/2 (half), 2r with 2r + 1 (interleaved)"
     )
-    rope_base: float = Field(10_000.0, gt=1, allow_inf_nan=False, description="pair r turns by base^(-2r/P) per token")
+    rope_base: float = Field(
+        USUAL_BASE, gt=1, allow_inf_nan=False, description="pair r turns by base^(-2r/P) per token"
+    )
     scale: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="factor of the dot products; P^-1/2 if null"
     )
@@ -36,4 +40,6 @@ class AttentionConfig(HeadedConfig):
             raise ValueError(f"n_heads={self.heads} is not a multiple of n_kv_heads={self.kv_heads}")
         if self.rope != "none" and self.width % 2:
             raise ValueError(f"rope={self.rope!r} turns pairs of channels, but head_dim={self.width} is odd")
+        if self.rope == "none" and self.rope_base != USUAL_BASE:
+            raise ValueError(f"rope_base={self.rope_base} would have no effect with rope='none'; leave it out")
         return self

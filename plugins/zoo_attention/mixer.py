@@ -30,6 +30,7 @@ class AttentionMixer(SequenceMixer):
 
     config: AttentionConfig
     pads_natively = True
+    state_type = AttentionState
 
     def __init__(self, config: AttentionConfig, capabilities: Capabilities) -> None:
         super().__init__(config, capabilities)

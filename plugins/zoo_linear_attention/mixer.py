@@ -29,6 +29,7 @@ class LinearAttentionMixer(SequenceMixer):
 
     config: LinearAttentionConfig
     pads_natively = True
+    state_type = LinearAttentionState
 
     def __init__(self, config: LinearAttentionConfig, capabilities: Capabilities) -> None:
         super().__init__(config, capabilities)

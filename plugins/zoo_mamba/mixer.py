@@ -19,7 +19,6 @@ from zoo.ops.short_convolution import short_convolution
 from zoo.ops.ssd import time_step
 
 from sequence_mixer import Cost, MatrixForm, SequenceMixer, State
-from sequence_mixer.errors import StateError
 from sequence_mixer.shapes import accumulation_dtype
 from zoo_mamba.config import MambaConfig, capabilities_of
 
@@ -53,6 +52,7 @@ class MambaMixer(SequenceMixer):
     """
 
     config: MambaConfig
+    state_type = MambaState
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config, capabilities_of(config))
@@ -75,9 +75,7 @@ class MambaMixer(SequenceMixer):
         padding_mask: Tensor | None,
         donate: bool,
     ) -> tuple[Tensor, MambaState]:
-        """See `SequenceMixer.mix`. Raises StateError for the state of another mixer."""
-        if state is not None and not isinstance(state, MambaState):
-            raise StateError(f"state is {type(state).__name__}, wanted the MambaState of this mixer's initial_state")
+        """See `SequenceMixer.mix`."""
         inputs, z = self.in_proj(x).chunk(2, dim=-1)
         selected, conv = self._select(inputs, None if state is None else state.conv, cu_seqlens)
         y, ssm = selective_scan(

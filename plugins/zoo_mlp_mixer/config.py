@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from sequence_mixer.config import Count, MixerConfig
 
+NORM_EPS = 1e-6
+
 
 class MlpMixerConfig(MixerConfig):
     """An MLP over the token axis with Ds hidden units, the same for every channel."""
@@ -25,13 +27,19 @@ class MlpMixerConfig(MixerConfig):
     )
     bias: bool = Field(True, description="biases of the hidden units and of the outputs")
     pre_norm: bool = Field(False, description="LayerNorm over channels in front, for a block that has none")
-    norm_eps: float = Field(1e-6, gt=0, allow_inf_nan=False, description="added to the variance under pre_norm")
+    norm_eps: float = Field(NORM_EPS, gt=0, allow_inf_nan=False, description="added to the variance under pre_norm")
     residual: bool = Field(False, description="add the input to the output, for a block that does not")
 
     @property
     def hidden(self) -> int:
         """Hidden units, Ds."""
         return self.tokens_dim or (self.max_length if self.causal else max(1, self.d_model // 2))
+
+    @model_validator(mode="after")
+    def _eps_needs_the_norm(self) -> Self:
+        if not self.pre_norm and self.norm_eps != NORM_EPS:
+            raise ValueError(f"norm_eps={self.norm_eps} would have no effect with pre_norm=False; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _triangles_are_square(self) -> Self:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sequence_mixer.errors import ReferenceMismatch, unknown_name
 from sequence_mixer.peer_options import PeerOptions, config_of, expect_weights
-from zoo_mlp_mixer.config import MlpMixerConfig
+from zoo_mlp_mixer.config import NORM_EPS, MlpMixerConfig
 
 BLOCK = "MixerBlock (norm1 + mlp_tokens + residual)"
 INNER = "MixerBlock.mlp_tokens"
@@ -53,7 +53,7 @@ def convert(
         tokens_dim=hidden,
         activation=activation,
         pre_norm=whole,
-        norm_eps=norm_eps,
+        norm_eps=norm_eps if whole else NORM_EPS,  # the MLP alone has no norm
         residual=whole,
     )
     if not whole:

@@ -59,6 +59,8 @@ class PerformerConfig(HeadedConfig):
     def _options_fit(self) -> Self:
         if self.heads % self.kv_heads:
             raise ValueError(f"n_heads={self.heads} is not a multiple of n_kv_heads={self.kv_heads}")
+        if self.projection_norms == "sqrt" and not self.orthogonal:
+            raise ValueError("projection_norms='sqrt' would have no effect with orthogonal=False; leave it out")
         relu = self.feature_map == "relu"
         if self.compat == "jax" and self.causal:
             raise ValueError(

@@ -29,6 +29,7 @@ class PerformerMixer(SequenceMixer):
     config: PerformerConfig
     projection: Tensor
     pads_natively = True
+    state_type = PerformerState
 
     def __init__(self, config: PerformerConfig, capabilities: Capabilities) -> None:
         super().__init__(config, capabilities)

@@ -21,7 +21,6 @@ from zoo.ops.ssd import ssd
 from zoo.ops.ssd.time_step import time_step
 
 from sequence_mixer import Cost, MatrixForm, SequenceMixer, State
-from sequence_mixer.errors import StateError
 from sequence_mixer.shapes import accumulation_dtype
 from zoo_ssd.config import SsdConfig, capabilities_of
 from zoo_ssd.matrix import initial_state_output, ssd_factors
@@ -63,6 +62,7 @@ class SsdMixer(SequenceMixer):
     """
 
     config: SsdConfig
+    state_type = SsdState
 
     def __init__(self, config: SsdConfig) -> None:
         super().__init__(config, capabilities_of(config))
@@ -89,9 +89,7 @@ class SsdMixer(SequenceMixer):
         padding_mask: Tensor | None,
         donate: bool,
     ) -> tuple[Tensor, SsdState]:
-        """See `SequenceMixer.mix`. Raises StateError for the state of another mixer."""
-        if state is not None and not isinstance(state, SsdState):
-            raise StateError(f"state is {type(state).__name__}, wanted the SsdState of this mixer's initial_state")
+        """See `SequenceMixer.mix`."""
         gates, xBC, dt = self._project(x)
         values, B, C, conv = self._convolve(xBC, None if state is None else state.conv, cu_seqlens)
         y, ssm = ssd(

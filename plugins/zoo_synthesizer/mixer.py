@@ -55,6 +55,7 @@ class SynthesizerMixer(SequenceMixer):
         self.v_proj = nn.Linear(config.d_model, self.heads * self.width, bias=config.bias)
         self.out_proj = nn.Linear(self.heads * self.width, config.d_model, bias=config.bias)
         self.logits = MixedLogits(config)
+        self.state_type = KeyValueState if self._kept == 2 else ValueState
 
     def empty_state(
         self, batch_size: int, capacity: int | None, device: torch.device, dtype: torch.dtype

@@ -176,9 +176,11 @@ class SequenceMixer(nn.Module):
     `pads_natively`), and call `mix`, so that `forward` and `extend` are the same computation.
 
     config: the config it was built from. capabilities: those of the config. backend: passed to every operator.
+    state_type: the State of a stateful mixer; `extend` refuses any other.
     """
 
     pads_natively: ClassVar[bool] = False
+    state_type: type[State] = State
     config: MixerConfig
     capabilities: Capabilities
     backend: str
@@ -218,7 +220,7 @@ class SequenceMixer(nn.Module):
         Raises ShapeError, DtypeError, DeviceError, LengthError, PackingError, UnsupportedCapability.
         """
         self._check_call(x, cu_seqlens, padding_mask)
-        if x.shape[1] == 0:
+        if 0 in x.shape[:2]:
             return torch.zeros_like(x)
         return self._mix(x, None, cu_seqlens, padding_mask, False)[0]
 
@@ -233,11 +235,15 @@ class SequenceMixer(nn.Module):
         """The state before the first token, for `batch_size` sequences.
 
         capacity: tokens to make room for in key/value buffers. device, dtype: the parameters' by default.
-        Raises UnsupportedCapability if the mixer is not stateful.
+        Raises UnsupportedCapability if the mixer is not stateful, ShapeError, DtypeError.
         """
         self._require("stateful")
         if batch_size < 0:
             raise ShapeError(f"batch_size is {batch_size}, wanted 0 or more")
+        if capacity is not None and capacity < 0:
+            raise ShapeError(f"capacity is {capacity}, wanted 0 or more tokens, or None")
+        if dtype is not None and not dtype.is_floating_point:
+            raise DtypeError(f"dtype is {dtype}, wanted that of activations: a floating one")
         parameter = next(self.parameters(), None)
         if parameter is not None:
             device = parameter.device if device is None else device
@@ -261,15 +267,16 @@ class SequenceMixer(nn.Module):
         """
         self._require("stateful")
         self._check_call(x, cu_seqlens, padding_mask)
-        if not isinstance(state, State):
-            raise StateError(f"state is {type(state).__name__}, wanted the State of initial_state or extend")
+        if not isinstance(state, self.state_type):
+            wanted = f"the {self.state_type.__name__} of this mixer's initial_state or extend"
+            raise StateError(f"state is {type(state).__name__}, wanted {wanted}")
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         if state.batch_size != rows:
             raise StateError(f"the state has batch {state.batch_size}, the input has {rows} sequences")
         for name, leaf in state.leaves().items():
             if leaf.device != x.device:
                 raise DeviceError(f"state.{name} is on {leaf.device}, x is on {x.device}; move one with .to(device)")
-        if x.shape[1] == 0:
+        if 0 in x.shape[:2]:
             return torch.zeros_like(x), state
         return self._mix(x, state, cu_seqlens, padding_mask, donate)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from zoo.ops import gated_rms_norm, record_dispatch
 
 from sequence_mixer.conformance.budget import judge
-from sequence_mixer.errors import BackendError, DtypeError, ShapeError
+from sequence_mixer.errors import BackendError, ConfigError, DtypeError, ShapeError
 
 PATHS = ["reference", "chunked"]
 SHAPES = [(12,), (1, 12), (3, 5, 12), (2, 1, 3, 12)]
@@ -183,7 +183,7 @@ def test_wrong_calls_are_refused_in_words() -> None:
         gated_rms_norm(x, z.float(), weight, eps=1e-5)
     with pytest.raises(DtypeError, match=r"x is torch.int64"):
         gated_rms_norm(x.long(), None, weight, eps=1e-5)
-    with pytest.raises(ValueError, match="eps is -1"):
+    with pytest.raises(ConfigError, match="eps is -1"):
         gated_rms_norm(x, z, weight, eps=-1)
     with pytest.raises(BackendError, match="gated_rms_norm has no backend 'fast'"):
         gated_rms_norm(x, z, weight, eps=1e-5, backend="fast")

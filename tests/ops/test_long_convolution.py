@@ -15,7 +15,7 @@ from zoo.ops.long_convolution.fft import fft_length
 
 from golden import load_case
 from sequence_mixer.conformance.budget import judge, relative_rms
-from sequence_mixer.errors import BackendError, DtypeError, PackingError, ShapeError
+from sequence_mixer.errors import BackendError, ConfigError, DtypeError, PackingError, ShapeError
 
 PATHS = ["reference", "fft", "chunked"]
 PACKINGS = [[0, 1, 1, 3, 13, 17, 17, 150], [0, 0, 2, 2], [0, 129], [0, 0, 0]]
@@ -248,7 +248,7 @@ def test_wrong_calls_are_refused_in_words() -> None:
         long_convolution(x, kernel, post_gate=x[:, :4])
     with pytest.raises(DtypeError, match=r"pre_gate is torch\.float64 and x is torch\.float32"):
         long_convolution(x, kernel, pre_gate=x.double())
-    with pytest.raises(ValueError, match="reverse_lag is -1"):
+    with pytest.raises(ConfigError, match="reverse_lag is -1"):
         long_convolution(x, kernel, reverse_lag=-1)
     with pytest.raises(PackingError, match="the input has batch 2"):
         long_convolution(x, kernel, cu_seqlens=torch.tensor([0, 5]))

@@ -12,7 +12,7 @@ from zoo.ops import record_dispatch, short_convolution
 
 from golden import load_case
 from sequence_mixer.conformance.budget import judge, relative_rms
-from sequence_mixer.errors import BackendError, DtypeError, PackingError, ShapeError
+from sequence_mixer.errors import BackendError, ConfigError, DtypeError, PackingError, ShapeError
 
 PATHS = ["reference", "chunked"]
 PACKINGS = [[0, 1, 1, 3, 13, 17, 17, 29], [0, 0, 2, 2], [0, 23], [0, 0, 0]]
@@ -274,7 +274,7 @@ def test_wrong_calls_are_refused_in_words() -> None:
         short_convolution(x, weight, initial_state=state[:, :, :1])
     with pytest.raises(ShapeError, match=r"initial_state has shape \[2, 4, 2\], wanted \[S=1, D=4, 2\]"):
         short_convolution(x[:1], weight, initial_state=state, cu_seqlens=torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match="activation is 'relu', wanted None or 'silu'"):
+    with pytest.raises(ConfigError, match="activation is 'relu', wanted None or 'silu'"):
         short_convolution(x, weight, activation="relu")
     with pytest.raises(DtypeError, match=r"x is torch.int64"):
         short_convolution(x.long(), weight)

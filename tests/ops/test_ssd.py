@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 from zoo.ops import record_dispatch
+from zoo.ops.linear_attention import linear_attention
 from zoo.ops.semiseparable import semiseparable
 from zoo.ops.ssd import flops, mixing_matrix, ssd, ssd_quadratic, time_step
 
 from golden import load_case
 from sequence_mixer.conformance.budget import judge, relative_rms
-from sequence_mixer.errors import BackendError, DtypeError, PackingError, ShapeError
+from sequence_mixer.errors import BackendError, ConfigError, DtypeError, PackingError, ShapeError
 
 LENGTHS = [1, 2, 63, 64, 65, 97, 128, 130]
 PACKED = [0, 0, 5, 69, 69, 70, 134, 151, 151]
@@ -220,6 +221,22 @@ def test_no_decay_is_a_decay_of_one(cu_seqlens: Tensor | None) -> None:
     assert_same(dict(enumerate(without)), dict(enumerate(zero)))  # type: ignore[arg-type]
 
 
+def test_without_decay_it_is_linear_attention() -> None:
+    """Values dt x, keys B, queries C, no normaliser; values and gradients, from a state."""
+    given = inputs_of(97)
+    given["A"], given["dt"] = torch.zeros_like(given["A"]), given["dt"].abs()
+    del given["D"], given["dt_bias"]
+    ours = run(given, "chunked")
+    leaves = {name: value.clone().requires_grad_() for name, value in given.items()}
+    k, q = (leaves[name].repeat_interleave(2, 2) for name in "BC")
+    y, state = linear_attention(
+        q, k, leaves["x"] * leaves["dt"].unsqueeze(-1), initial_state=leaves["initial_state"].mT, backend="reference"
+    )
+    theirs = {"y": y, "final_state": state.mT} | gradients(y, state.mT, leaves)
+    del ours["grad.A"], theirs["grad.A"]  # linear attention has no decay to differentiate by
+    assert_same(ours, theirs)
+
+
 def test_small_time_steps_keep_their_digits() -> None:
     raw = torch.tensor([-30.0, -12.0, -7.0, 0.0, 7.0, 30.0], dtype=torch.float64)
     exact = torch.tensor([math.log1p(math.exp(value)) for value in raw.tolist()], dtype=torch.float64)
@@ -314,7 +331,7 @@ def test_bad_inputs_are_refused_in_words() -> None:
         ssd(x.long(), dt, A, B, C)
     with pytest.raises(PackingError, match="has batch 2"):
         ssd(x, dt, A, B, C, cu_seqlens=torch.tensor([0, 6]))
-    with pytest.raises(ValueError, match="dt_limit"):
+    with pytest.raises(ConfigError, match="dt_limit"):
         ssd(x, dt, A, B, C, dt_limit=(2.0, 1.0))
     with pytest.raises(BackendError, match="did you mean chunked"):
         ssd(x, dt, A, B, C, backend="chunkd")

@@ -344,6 +344,7 @@ def test_sizes_that_are_not_given_follow_from_the_others():
         ({"d_model": 64, "n_heads": 4, "n_kv_heads": 3}, "not a multiple of n_kv_heads=3"),
         ({"d_model": 21, "n_heads": 3}, "head_dim=7 is odd"),
         ({"d_model": 64, "rope": "quarter"}, "interleaved"),
+        ({"d_model": 64, "rope": "none", "rope_base": 500.0}, "no effect with rope='none'"),
         ({"d_model": 64, "scale": 0.0}, "greater than 0"),
         ({"d_model": 64, "heads": 2}, "heads"),
     ):

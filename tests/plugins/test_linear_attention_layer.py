@@ -245,6 +245,7 @@ def test_bad_configs_and_calls_are_refused_in_words():
         ({"d_model": 64, "n_heads": 3}, "not a multiple of n_heads=3"),
         ({"d_model": 64, "feature_map": "elu"}, "elu_plus_one"),
         ({"d_model": 64, "eps": 0.0}, "greater than 0"),
+        ({"d_model": 64, "eps": 1e-3, "normalize": False}, "no effect with normalize=False"),
         ({"d_model": 64, "feature": "relu"}, "feature"),
     ):
         with pytest.raises(ValidationError, match=said):

@@ -175,6 +175,7 @@ def test_bad_configs_and_calls_are_refused_in_words():
         ({"activation": "relu"}, "gelu_erf"),
         ({"tokens_dim": 0}, "greater than 0"),
         ({"norm_eps": 0.0}, "greater than 0"),
+        ({"norm_eps": 1e-5}, "no effect with pre_norm=False"),
         ({"tokens_dims": 4}, "tokens_dims"),
     ):
         with pytest.raises(ValidationError, match=said):

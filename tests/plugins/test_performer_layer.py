@@ -230,6 +230,7 @@ def test_bad_configs_and_calls_are_refused_in_words():
         ({"compat": "jax", "causal": False, "feature_map": "relu"}, "no stabiliser"),
         ({"feature_eps": 1e-3}, "make weights depend on other tokens"),
         ({"key_eps": 1e-3}, "key_eps goes with feature_map='relu'"),
+        ({"orthogonal": False, "projection_norms": "sqrt"}, "no effect with orthogonal=False"),
         ({"features": "relu"}, "features"),
     ):
         with pytest.raises(ValidationError, match=said):

@@ -14,7 +14,7 @@ from rich.table import Table
 from sequence_mixer.errors import ConfigError, DeviceError, UnsupportedCapability
 from zoo.build import create
 from zoo.explanation import explain as explain_call
-from zoo.matrix_picture import block_ranks, draw_matrix
+from zoo.matrix_picture import block_rank, block_ranks, draw_matrix
 from zoo.registry import registry
 
 console = Console(highlight=False)
@@ -63,7 +63,7 @@ def matrix(
     out: Annotated[Path | None, typer.Option(help="PNG to write; <name>-matrix.png by default.")] = None,
     seed: int = 0,
 ) -> None:
-    """Draw the mixing matrix of a mixer, and print the ranks of its strictly lower blocks."""
+    """Draw the mixing matrix of a mixer, and print its rank and those of its strictly lower blocks."""
     definition = registry.definition(name)
     if example not in definition.examples:
         raise ConfigError(f"{name} has no example {example!r}; it has: {', '.join(definition.examples)}")
@@ -88,5 +88,6 @@ def matrix(
     for index, (row, rank) in enumerate(ranks):
         table.add_row(str(row), str(rank), escape(declared) if index == 0 else "")
     console.print(table)
+    console.print(f"rank of the whole matrix: {block_rank(picture)} of {tokens}")
     draw_matrix(picture, ranks, f"{name} ({example}), head {head}, T = {tokens}", path)
     console.print(f"wrote {path}", markup=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sequence_mixer.errors import DtypeError, ShapeError
+from sequence_mixer.errors import ConfigError, DtypeError, ShapeError
 from sequence_mixer.shapes import expect_cu_seqlens, expect_floating, expect_same_device, expect_shape
 from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
 from zoo.ops.long_convolution.call import Convolution
@@ -50,7 +50,7 @@ def long_convolution(
         pads so that nothing wraps around. With cu_seqlens it reads the lengths in eager mode (a GPU synchronises);
         compiled, every sequence is padded to T.
     Returns y [B,T,D] in the dtype of x. Kernels and D may have another floating dtype; sums are in the accumulation
-    dtype. Raises ShapeError, DtypeError, DeviceError, PackingError, BackendError; ValueError for another reverse_lag.
+    dtype. Raises ShapeError, DtypeError, DeviceError, PackingError, BackendError; ConfigError for another reverse_lag.
     """
     sizes = expect_shape("x", x, "B T D")
     sizes = expect_shape("kernel", kernel, "D K", sizes)
@@ -60,7 +60,7 @@ def long_convolution(
     if sizes["K"] < 1 or (reverse_kernel is not None and reverse_taps < 1):
         raise ShapeError("kernel and reverse_kernel need at least one tap, [D, K] with K >= 1")
     if reverse_lag not in (0, 1):
-        raise ValueError(f"reverse_lag is {reverse_lag!r}, wanted 0 (tap 0 meets the token) or 1 (the next token)")
+        raise ConfigError(f"reverse_lag is {reverse_lag!r}, wanted 0 (tap 0 meets the token) or 1 (the next token)")
     if D is not None:
         expect_shape("D", D, "D", sizes)
     for name, gate in (("pre_gate", pre_gate), ("post_gate", post_gate)):

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from sequence_mixer.errors import DtypeError, ShapeError
+from sequence_mixer.errors import ConfigError, DtypeError, ShapeError
 from sequence_mixer.shapes import (
     accumulation_dtype,
     expect_cu_seqlens,
@@ -50,7 +50,7 @@ def ssd(
     cu_seqlens: int [S+1], boundaries of S sequences packed in one row (B = 1); empty sequences are legal.
     backend: "auto", "triton", "chunked" or "reference".
     Returns y [B,T,H,P] in the dtype of x and the final state, shaped like `initial_state`, in the accumulation dtype.
-    Raises ShapeError, DtypeError, DeviceError, PackingError, BackendError; ValueError if dt_limit is empty.
+    Raises ShapeError, DtypeError, DeviceError, PackingError, BackendError; ConfigError if dt_limit is empty.
     Source: Dao & Gu 2024, arXiv 2405.21060, sections 5 to 7.
     """
     expect_floating("x", x)
@@ -82,7 +82,7 @@ def ssd(
     )
     low, high = dt_limit
     if not low <= high:
-        raise ValueError(f"dt_limit is {dt_limit}, wanted (smallest, largest) with smallest <= largest")
+        raise ConfigError(f"dt_limit is {dt_limit}, wanted (smallest, largest) with smallest <= largest")
     if initial_state is not None:
         initial_state = initial_state.to(accumulation_dtype(x.dtype))
     tensors = (x, dt, A, B, C, D, dt_bias, initial_state)

@@ -21,6 +21,7 @@ class RetentionMixer(SequenceMixer):
     """y_t = q_t^T sum_{j<=t} g_h^(t-j) k_j v_j^T / sqrt(N), heads concatenated and projected."""
 
     config: RetentionConfig
+    state_type = RetentionState
 
     def __init__(self, config: RetentionConfig, capabilities: Capabilities) -> None:
         super().__init__(config, capabilities)
