@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,15 @@ class TestMistakes:
         assert told in err
         assert err.count("error:") == 1
         assert "Traceback" not in err
+
+
+def test_the_version_is_that_of_the_distribution(zoo: Zoo) -> None:
+    assert zoo("--version")[:2] == (0, f"mixer-zoo {version('mixer-zoo')}\n")
+
+
+def test_explain_takes_an_example_config(zoo: Zoo) -> None:
+    assert "gated_rms_norm" in zoo("explain", "ssd", "--example", "groups")[1]
+    assert "gated_rms_norm" not in zoo("explain", "ssd", "--example", "no_norm")[1]
+    code, _, err = zoo("explain", "ssd", "--example", "gruops")
+    assert code == 2
+    assert "has no example 'gruops'" in err

@@ -89,9 +89,15 @@ class State:
         return self.map(lambda leaf: leaf.index_select(0, batch))
 
     def concat(self, other: Self) -> Self:
-        """The rows of `self` followed by those of `other`."""
-        pairs = zip(self.leaves().values(), other.leaves().values(), strict=True)
-        return type(self)(*[torch.cat([a, b]) for a, b in pairs])
+        """The rows of `self` followed by those of `other`. Raises StateError if their leaves differ in another size."""
+        if type(other) is not type(self):
+            raise StateError(f"the other state is {type(other).__name__}, wanted {type(self).__name__}")
+        theirs = other.leaves()
+        for name, leaf in self.leaves().items():
+            if leaf.shape[1:] != theirs[name].shape[1:]:
+                sizes = f"{list(leaf.shape)} and {list(theirs[name].shape)}"
+                raise StateError(f"state.{name} is {sizes}; give key/value states one capacity in initial_state")
+        return type(self)(*[torch.cat([leaf, theirs[name]]) for name, leaf in self.leaves().items()])
 
 
 @dataclass(frozen=True)

@@ -49,3 +49,18 @@ def test_what_is_no_mixer_is_refused_in_words() -> None:
     for given in (None, 3, ["ssd"]):
         with pytest.raises(ConfigError, match="wanted a name, a mapping, a config, or a file's path"):
             zoo.create(given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_states_are_joined_row_by_row_or_refused_in_words(name: str) -> None:
+    mixer = build(registry.definition(name))
+    small, large = mixer.initial_state(1, capacity=8), mixer.initial_state(2, capacity=64)
+    assert small.concat(mixer.initial_state(3, capacity=8)).batch_size == 4
+    sizes = [leaf.shape[1:] for leaf in small.leaves().values()]
+    if sizes == [leaf.shape[1:] for leaf in large.leaves().values()]:
+        assert small.concat(large).batch_size == 3
+    else:
+        with pytest.raises(StateError, match="give key/value states one capacity"):
+            small.concat(large)
+    with pytest.raises(StateError, match="the other state is Strange"):
+        small.concat(Strange(torch.zeros(1, 3)))

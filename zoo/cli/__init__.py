@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -26,6 +28,21 @@ app = typer.Typer(
 app.command("list")(list_mixers)
 for command in (show, check, bench, train, generate, explain, matrix, plugins, new):
     app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mixer-zoo {version('mixer-zoo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Sequence mixers by name: list, check, compare, train."""
 
 
 def main() -> None:

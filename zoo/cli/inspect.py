@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sequence_mixer.config import MixerConfig
 from sequence_mixer.errors import ConfigError, DeviceError, UnsupportedCapability
-from zoo.build import create
+from zoo.build import create, resolve
 from zoo.explanation import explain as explain_call
 from zoo.matrix_picture import block_rank, block_ranks, draw_matrix
 from zoo.registry import registry
@@ -41,6 +42,9 @@ def device_named(name: str) -> torch.device:
 
 def explain(
     name: str,
+    example: Annotated[
+        str | None, typer.Option(help="Example config of the mixer; its defaults at --d-model if not given.")
+    ] = None,
     d_model: Annotated[int, typer.Option(min=1)] = 256,
     length: Annotated[int, typer.Option(min=1)] = 256,
     batch: Annotated[int, typer.Option(min=1)] = 2,
@@ -50,8 +54,9 @@ def explain(
 ) -> None:
     """Tell which implementation serves each operator of a mixer, and why each faster one does not."""
     where, kind = device_named(device), dtype_named(dtype)
-    mixer = create(name, d_model=d_model, backend=backend).to(device=where, dtype=kind)
-    x = torch.randn(batch, length, d_model, device=where, dtype=kind)
+    config = resolve(name, d_model=d_model) if example is None else _example(name, example)
+    mixer = create(config, backend=backend).to(device=where, dtype=kind)
+    x = torch.randn(batch, length, mixer.config.d_model, device=where, dtype=kind)
     console.print(str(explain_call(mixer, x)), markup=False)
 
 
@@ -64,11 +69,8 @@ def matrix(
     seed: int = 0,
 ) -> None:
     """Draw the mixing matrix of a mixer, and print its rank and those of its strictly lower blocks."""
-    definition = registry.definition(name)
-    if example not in definition.examples:
-        raise ConfigError(f"{name} has no example {example!r}; it has: {', '.join(definition.examples)}")
-    config = definition.example(example)
-    capabilities = definition.capabilities_of(config)
+    config = _example(name, example)
+    capabilities = registry.definition(name).capabilities_of(config)
     if not capabilities.matrix_form:
         raise UnsupportedCapability(name, "matrix_form")
     path = out or Path(f"{name}-matrix.png")
@@ -91,3 +93,11 @@ def matrix(
     console.print(f"rank of the whole matrix: {block_rank(picture)} of {tokens}")
     draw_matrix(picture, ranks, f"{name} ({example}), head {head}, T = {tokens}", path)
     console.print(f"wrote {path}", markup=False)
+
+
+def _example(name: str, example: str) -> MixerConfig:
+    """The example config of a registered mixer. Raises UnknownMixer, ConfigError."""
+    definition = registry.definition(name)
+    if example not in definition.examples:
+        raise ConfigError(f"{name} has no example {example!r}; it has: {', '.join(definition.examples)}")
+    return definition.example(example)

@@ -40,6 +40,7 @@ def train(
 ) -> None:
     """Train a language model on bytes of real text; the same command goes on after an interruption."""
     from zoo.training import StepReport, TrainConfig, train_language_model
+    from zoo.training.objective import in_words
 
     settings = TrainConfig.from_file(
         config, steps=steps, device=device, dtype=dtype, corpus=None if corpus is None else str(corpus)
@@ -60,9 +61,9 @@ def train(
     every = max(1, settings.steps // 10)
 
     def show(report: StepReport) -> None:
-        told = f"{report.loss / math.log(2):.3f} bits per byte, {report.tokens_per_second:,.0f} tokens/s"
-        if report.bits_per_byte is not None:
-            told = f"{told}, held out {report.bits_per_byte:.3f}"
+        told = f"{report.loss / math.log(2):.3f} {in_words(report.measure)}, {report.tokens_per_second:,.0f} tokens/s"
+        if report.bits is not None:
+            told = f"{told}, held out {report.bits:.3f}"
         progress.update(task, completed=report.step, told=told)
         if not console.is_terminal and (report.step % every == 0 or report.step == report.steps):
             console.print(f"step {report.step}/{report.steps}: {told}")
@@ -80,7 +81,7 @@ def train(
         console.print(f"interrupted; the same command goes on from the last checkpoint in {folder}", markup=False)
         raise typer.Exit(130) from None
     console.print(
-        f"{result.bits_per_byte:.4f} bits per byte on {result.evaluated_bytes:,} held-out bytes after "
+        f"{result.bits:.4f} {in_words(result.measure)} on {result.evaluated_bytes:,} held-out bytes after "
         f"{result.steps} steps ({result.tokens_per_second:,.0f} tokens/s); see {folder}",
         markup=False,
     )
