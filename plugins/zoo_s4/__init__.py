@@ -25,15 +25,18 @@ S4_EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "rank_3": {
         **_SHORT, "init": "lagt+lin+inv+inv2+quad+real+rand+legs", "rank": 3, "n_ssm": 8, "dt_min": 0.01, "dt_max": 0.2,
+        "real_scale": 1.5, "imag_scale": 0.5, "b_init": "random", "p_scale": 0.5,
         "real_transform": "softplus", "activation": "none", "output": "none", "max_length": 160,
     },
     "bidirectional": {**_SHORT, "causal": False, "activation": "relu"},
+    "measures": {**_SHORT, "init": "tlagt+glagt+legsd+foud", "n_ssm": 4, "dt_min": 0.01, "dt_max": 0.2},
 }  # fmt: skip
 
 S4D_EXAMPLES: dict[str, dict[str, Any]] = {
     "default": {**_SMALL, "d_state": 16},
     "many_inits": {
         **_SMALL, "init": "inv+inv2+quad+real+rand+legs+fout+lagt", "n_ssm": 8, "tie_dt": False,
+        "real_random": True, "imag_random": True, "b_init": "unit-cw", "b_scale": 2.0, "normalize": True,
         "dt_transform": "softplus", "real_transform": "sigmoid", "imag_transform": "relu", "activation": "none",
         "output": "none", "max_length": 160,
     },

@@ -10,10 +10,14 @@ from sequence_mixer import BackendSpec, Capabilities, MixerConfig, Semiseparable
 from sequence_mixer.config import Count
 from sequence_mixer.definition import Structure
 
-MEASURES = {"legs": 1, "legt": 2, "lagt": 1, "fout": 1}  # HiPPO measures and the rank of their correction
+MEASURES = {  # HiPPO measures and the rank of their correction
+    "legs": 1, "legsd": 0, "legt": 2, "lmu": 2, "lagt": 1, "tlagt": 1, "glagt": 1, "fout": 1, "fourier2": 1,
+    "fourier_decay": 1, "foud": 0,
+}  # fmt: skip
 DIAGONALS = ("lin", "inv", "inv2", "quad", "real", "rand")
 TRANSFORMS = ("exp", "softplus", "relu", "sigmoid", "none")
 Transform = Literal["exp", "softplus", "relu", "sigmoid", "none"]
+InputWeights = Literal["constant", "random", "alternating", "unit-cw", "unit-ccw"]
 WIDEST_RANK = 3
 MOST_MODES = 128  # modes of a channel that the Triton scan holds in registers
 MOST_SUMS = 64  # Cauchy sums over the same poles that one Triton program adds up
@@ -27,6 +31,13 @@ class StateSpaceConfig(MixerConfig):
     n_ssm: Count | None = Field(None, description="independent systems (A, B), shared by channels in turn; None: D")
     causal: bool = Field(True, description="a token sees itself and earlier ones; False: a second kernel looks ahead")
     init: str = Field("legs", description="initial systems, one name or several joined by +, which share n_ssm equally")
+    real_scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="factor of Re A of diagonals in init")
+    imag_scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="factor of Im A of diagonals in init")
+    real_random: bool = Field(False, description="-Re A of diagonals uniform in [0,1], of real in [0,N/2]")
+    imag_random: bool = Field(False, description="pairs of lin, inv, inv2, quad uniform in [0,N/2]")
+    b_init: InputWeights = Field("constant", description="B of diagonals in init: 1, normal, +-1, e^(-+2 pi i n/N)")
+    b_scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="factor of B of diagonals in init")
+    normalize: bool = Field(False, description="scale B of diagonals in init to kernels whose sum has variance 1")
     dt_min: float = Field(0.001, gt=0, allow_inf_nan=False, description="smallest time step at initialisation")
     dt_max: float = Field(0.1, gt=0, allow_inf_nan=False, description="largest time step at initialisation")
     tie_dt: bool = Field(True, description="one time step for all states of a channel; False: one for each pair")
@@ -72,6 +83,21 @@ class StateSpaceConfig(MixerConfig):
         return self
 
     @model_validator(mode="after")
+    def _draw_fits(self) -> Self:
+        diagonals, turning = DIAGONALS, tuple(name for name in DIAGONALS if name != "real")
+        by_pair = tuple(name for name in turning if name != "rand")
+        shaping = dict.fromkeys(("real_scale", "real_random", "b_init", "b_scale", "normalize", "p_scale"), diagonals)
+        fields = type(self).model_fields
+        for field, shaped in (shaping | {"imag_scale": turning, "imag_random": by_pair}).items():
+            changed = field in fields and getattr(self, field) != fields[field].default
+            if changed and not set(shaped) & set(self.inits):
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r} would have no effect on init={self.init!r}; "
+                    f"it shapes {', '.join(shaped)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _output_fits(self) -> Self:
         if self.output == "none" and self.channels > 1:
             raise ValueError(f"channels={self.channels} need an output map back to d_model; output='none' has none")
@@ -105,6 +131,11 @@ class S4dConfig(StateSpaceConfig):
             raise ValueError("bandlimit would have no effect with real=True, whose modes do not turn; leave it out")
         if self.real and self.imag_transform != "none":
             raise ValueError("imag_transform would have no effect with real=True; leave it out")
+        if self.real and self.b_init.startswith("unit"):
+            raise ValueError(f"b_init={self.b_init!r} turns, and modes of real=True do not; wanted another")
+        for field, plain in (("b_init", "constant"), ("b_scale", 1.0), ("normalize", False)):
+            if not self.use_b and getattr(self, field) != plain:
+                raise ValueError(f"{field} would have no effect with use_b=False; leave it out")
         if self.real and set(self.inits) != {"real"}:
             raise ValueError(
                 f"real=True drops frequencies, without which the modes of init={self.init!r} are all alike; "
@@ -117,7 +148,8 @@ class S4Config(StateSpaceConfig):
     """S4: a diagonal plus low-rank state matrix."""
 
     name: Literal["s4"] = "s4"
-    rank: Count = Field(1, le=WIDEST_RANK, description="rank of the correction P, 1 to 3; legt needs 2")
+    rank: Count = Field(1, le=WIDEST_RANK, description="rank of the correction P, 1 to 3; legt and lmu need 2")
+    p_scale: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of the random P of diagonals in init")
     kernel_length: Count = Field(
         1024, description="tokens that C is scaled for (C (I - A^L)), and whose kernel is computed at a time"
     )

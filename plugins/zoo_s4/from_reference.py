@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sequence_mixer.errors import ReferenceMismatch, unknown_name
 from sequence_mixer.peer_options import PeerOptions, config_of, expect_weights
-from zoo_s4.config import DIAGONALS, MEASURES, WIDEST_RANK, S4Config, S4dConfig
+from zoo_s4.config import DIAGONALS, MEASURES, S4Config, S4dConfig
 
 DPLR, DIAGONAL, MINIMAL = "S4Block(mode='dplr')", "S4Block(mode='diag')", "S4D"
 NO_DROPOUT = "a mixer holds no dropout; put it in the block around it"
@@ -22,6 +22,19 @@ DRAWS = (  # arguments of the initial values, which the weights replace
     "real_random", "real_scale", "imag_random", "imag_scale", "B_random", "B_init", "B_scale", "P_scale", "normalize",
     "deterministic",
 )  # fmt: skip
+SEVERAL = {
+    "hippo": ["legs", "fourier"],
+    "diag": ["diag-inv", "diag-lin"],
+    "all": ["legs", "fourier", "diag-inv", "diag-lin"],
+}
+OTHER_NAMES = {
+    "linear": "lin", "inverse": "inv", "inverse2": "inv2", "quadratic": "quad", "random": "rand", "hippo": "legs",
+    "fourier": "fout", "fourier_diag": "foud",
+}  # fmt: skip
+UNTIED = {  # what the peer's transition() makes and its own S4Block cannot be built from either
+    "random": "a dense normal matrix, which no correction of low rank makes diagonal; 'diag-random' is another",
+    "diagonal": "N unlike real modes, which N/2 conjugate pairs cannot hold; s4d with real=True has such",
+}
 Converted = tuple[Any, dict[str, Tensor]]
 
 
@@ -42,8 +55,10 @@ def convert_s4(peer: str, config: Mapping[str, Any], state_dict: Mapping[str, Te
     options.expect("is_real", False, False, why="S4's modes are complex")
     options.expect("bandlimit", None, None, why="C stands for a scaled readout, which a mask would spoil")
     options.ignore("disc")
-    rank = fields["rank"] = options.take("rank", 1)
-    fields["init"] = _init(fields["init"], fields["n_ssm"] or fields["d_model"], rank)
+    fields["rank"] = options.take("rank", 1)
+    init, fields["init"] = fields["init"], _init(peer, fields["init"])
+    if "diag" in str(init) or init == "all":  # the peer gives its diagonals no P
+        fields["p_scale"] = 0.0 if set(fields["init"].split("+")) & set(DIAGONALS) else 1.0
     options.done()
     swaps = fields.pop("swap_channels")
     ours = config_of(peer, S4Config, **fields)
@@ -70,7 +85,7 @@ def convert_s4d(peer: str, config: Mapping[str, Any], state_dict: Mapping[str, T
     real = fields["real"] = options.take("is_real", False)
     if real:
         fields["imag_transform"], fields["bandlimit"] = "none", None
-    fields["init"] = "real" if real else _init(fields["init"], fields["n_ssm"] or fields["d_model"], WIDEST_RANK)
+    fields["init"] = "real" if real else _init(peer, fields["init"])
     options.ignore("rank")
     options.done()
     swaps = fields.pop("swap_channels")
@@ -136,19 +151,22 @@ def _block(options: PeerOptions, *modes: str, default: str) -> dict[str, Any]:
     }
 
 
-def _init(init: Any, systems: int, rank: int) -> str:
-    """Our name of the peer's initial system; "lin" where we have none, since the weights replace it."""
-    several = {"hippo": "legs+fout", "diag": "inv+lin", "all": "legs+fout+inv+lin"}
-    other = {"linear": "lin", "inverse": "inv", "inverse2": "inv2", "quadratic": "quad", "random": "rand"}
-    other |= {"fourier": "fout", "hippo": "legs"}
-    if init in several:
-        name = several[init]
-    else:
-        name = str(init).removeprefix("diag-").removeprefix("dplr-")
-        name = other.get(name, name)
-    parts = name.split("+")
-    known = all(part in DIAGONALS or MEASURES.get(part, rank + 1) <= rank for part in parts)
-    return name if known and systems % len(parts) == 0 else "lin"
+def _init(peer: str, init: Any) -> str:
+    """Our name of the peer's initial systems, one name or several in a list. Raises ReferenceMismatch where the peer's
+    name is unknown, or that of a system that diag(a) - P P^* cannot hold."""
+    names = SEVERAL.get(init, [init]) if isinstance(init, str) else list(init)
+    return "+".join(_init_of_one(peer, str(name)) for name in names)
+
+
+def _init_of_one(peer: str, init: str) -> str:
+    if init in UNTIED:
+        raise ReferenceMismatch(f"{peer}: init={init!r} is not reproduced: {UNTIED[init]}")
+    name = "hippo" if init in ("diag", "dplr") else init.removeprefix("diag-").removeprefix("dplr-")
+    name = OTHER_NAMES.get(name, name)
+    if name not in (*MEASURES, *DIAGONALS):
+        known = (*MEASURES, *DIAGONALS, *OTHER_NAMES)
+        raise ReferenceMismatch(f"{peer}: {unknown_name('initial system', init, known)}")
+    return name
 
 
 def _weights(peer: str, state_dict: Mapping[str, Tensor], has_output: bool, more: list[str]) -> dict[str, Tensor]:

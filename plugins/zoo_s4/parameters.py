@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo_s4.config import MEASURES, StateSpaceConfig
-from zoo_s4.hippo import Initial, initial_system
+from zoo_s4.config import DIAGONALS, MEASURES, S4Config, StateSpaceConfig
+from zoo_s4.hippo import Initial, normal_plus_low_rank
+from zoo_s4.initial_diagonal import Draw, initial_diagonal
 
 LEAST = 1e-4  # smallest initial value of a positive number, and the floor under "relu"
 
@@ -60,6 +61,33 @@ def initial_dt(config: StateSpaceConfig) -> Tensor:
     return steps.log().float() if config.dt_transform == "exp" else parameter_of(steps, config.dt_transform).float()
 
 
+def initial_system(name: str, width: int, rank: int, draw: Draw | None = None) -> Initial:
+    """Initial values of one system of N = `width` states.
+
+    name: a measure (its own P, rows beyond its rank are 0) or a diagonal (P complex normal), which `draw` varies.
+    Random draws come from torch's generator. Raises ValueError for another name, or a measure of a higher rank.
+    """
+    if name in MEASURES:
+        return normal_plus_low_rank(name, width, rank)
+    if name in DIAGONALS:
+        return initial_diagonal(name, width, rank, draw)
+    raise ValueError(f"no initial system {name!r}; there are: {', '.join((*MEASURES, *DIAGONALS))}")
+
+
+def draw_of(config: StateSpaceConfig) -> Draw:
+    """How a config varies the diagonals of its `init`."""
+    return Draw(
+        real_scale=config.real_scale,
+        imag_scale=config.imag_scale,
+        real_random=config.real_random,
+        imag_random=config.imag_random,
+        b_init=config.b_init,
+        b_scale=config.b_scale,
+        p_scale=config.p_scale if isinstance(config, S4Config) else 1.0,
+        normalize=config.normalize,
+    )
+
+
 def initial_systems(config: StateSpaceConfig, width: int, rank: int) -> Initial:
     """Systems of N = `width` states: a [S,N/2], P [R,S,N/2], B [S,N/2]; each name of `init` in equal parts."""
     each = config.systems // len(config.inits)
@@ -68,7 +96,7 @@ def initial_systems(config: StateSpaceConfig, width: int, rank: int) -> Initial:
         if name in MEASURES:
             made += [initial_system(name, width, rank)] * each
         else:  # these draw random numbers
-            made += [initial_system(name, width, rank) for _ in range(each)]
+            made += [initial_system(name, width, rank, draw_of(config)) for _ in range(each)]
     return Initial(
         torch.stack([system.a for system in made]),
         torch.stack([system.P for system in made], 1),

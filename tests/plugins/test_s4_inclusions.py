@@ -71,7 +71,7 @@ def test_complex_modes_are_pairs_of_states_that_turn() -> None:
 
 def slow_system() -> Dplr:
     """LegS of N = 64 at the largest time step, one channel of it with modes that hardly decay."""
-    from zoo_s4.hippo import initial_system
+    from zoo_s4.parameters import initial_system
 
     legs = initial_system("legs", 64, 1)
     a = legs.a.unsqueeze(0).repeat(3, 1)

@@ -64,7 +64,7 @@ def test_the_layer_equals_its_equations(name: str, example: str, length: int) ->
         near(found, wanted)
 
 
-@pytest.mark.parametrize("init", ["legt", "fout", "legs+fout+legt"])
+@pytest.mark.parametrize("init", ["legt", "lmu", "fout", "fourier2", "fourier_decay", "legs+fout+legt"])
 @torch.no_grad()
 def test_measures_without_damping_of_their_own_are_served(init: str) -> None:
     """Re a is 1e-4 at the start, all damping is in P: outputs agree; a scaled C costs gradients of a digits here."""
