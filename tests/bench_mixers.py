@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sequence_mixer import Cost, MixerDef, hookimpl
+from sequence_mixer import Cost, MixerConfig, MixerDef, hookimpl
 from sequence_mixer.config import Count
 from small_mixers import SmallConfig, SmallMixer, capabilities_of
 
-NAMES = ("bench_plain", "bench_both_sides", "bench_limited", "bench_raises", "bench_slow", "bench_unbuildable")
+NAMES = (
+    "bench_plain", "bench_both_sides", "bench_limited", "bench_raises", "bench_slow", "bench_unbuildable",
+    "bench_never_causal",
+)  # fmt: skip
 SLOW = 0.1  # seconds of a call
 
 
@@ -36,6 +39,17 @@ class UnbuildableConfig(PlainConfig):
     d_model: Literal[32]
 
 
+class NeverCausalConfig(MixerConfig):
+    name: Literal["bench_never_causal"] = "bench_never_causal"
+    causal: ClassVar[bool] = False
+    share: ClassVar[bool] = False
+    redraw: ClassVar[bool] = False
+    bad_hint: ClassVar[bool] = False
+    stateful: ClassVar[bool] = False
+    max_length: ClassVar[None] = None
+    decay: float = 0.9
+
+
 class Plain(SmallMixer):
     def cost(self, batch_size: int, length: int, dtype: torch.dtype) -> Cost:
         parameters = sum(p.numel() for p in self.parameters())
@@ -57,8 +71,10 @@ class Slow(Plain):
 
 @hookimpl
 def zoo_register_mixers() -> list[MixerDef]:
-    configs = (PlainConfig, BothSidesConfig, LimitedConfig, PlainConfig, PlainConfig, UnbuildableConfig)
-    builders = (Plain, Plain, Plain, Raises, Slow, Plain)
+    configs = (
+        PlainConfig, BothSidesConfig, LimitedConfig, PlainConfig, PlainConfig, UnbuildableConfig, NeverCausalConfig,
+    )  # fmt: skip
+    builders = (Plain, Plain, Plain, Raises, Slow, Plain, Plain)
     return [
         MixerDef(
             name=name, config=config, build=build, capabilities_of=capabilities_of,

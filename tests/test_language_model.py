@@ -97,32 +97,110 @@ def test_reordered_state_continues_reordered_sequences(model: LanguageModel, tok
     torch.testing.assert_close(forked, straight[order], rtol=0, atol=1e-12)
 
 
-def test_every_registered_causal_mixer_serves_as_a_layer(tokens: torch.Tensor) -> None:
+def test_every_registered_mixer_serves_as_a_layer(tokens: torch.Tensor) -> None:
     served = []
     for name in registry.names():
         definition = registry.definition(name)
         fields = {key: value for key, value in definition.examples["default"].items() if key != "d_model"}
-        if not definition.capabilities.causal:
-            if "causal" not in definition.config.model_fields:
-                continue
+        if not definition.capabilities.causal and "causal" in definition.config.model_fields:
             fields["causal"] = True
         model = model_of([{"name": name, **fields}, "small_mean"], d_model=64)
         logits = model(tokens)
         assert logits.shape == (2, 19, 256), name
-        if definition.capabilities.stateful:
+        assert model.config.masked == (not model.mixers[0].capabilities.causal), name
+        if model.mixers[0].capabilities.stateful:
             state, out = model.initial_state(2), []
             for piece in tokens.split([4, 1, 14], dim=1):
                 piece_logits, state = model.extend(piece, state)
                 out.append(piece_logits)
             torch.testing.assert_close(torch.cat(out, 1), logits, rtol=1e-9, atol=1e-9, msg=name)
         served.append(name)
-    assert len(served) >= 3
+    assert served == registry.names()
 
 
-def test_layer_that_is_not_causal_is_refused_by_number_and_name() -> None:
-    with pytest.raises(ConfigError, match=re.escape("layer 1 (small_decay) is not causal")) as caught:
-        model_of(["small_mean", {"name": "small_decay", "causal": False}])
-    assert "set causal: true" in str(caught.value)
+BOTH_SIDES: dict[str, Any] = {
+    "alone": ["linformer"],
+    "hybrid": ["small_decay", {"name": "linformer", "max_length": 64, "rank": 8}, "attention"],
+    "by option": [{"name": "mlp_mixer", "max_length": 32}],
+}
+
+
+@pytest.mark.parametrize("kind", BOTH_SIDES)
+def test_a_layer_that_sees_both_sides_makes_a_model_of_masked_tokens(kind: str, tokens: torch.Tensor) -> None:
+    model = model_of(BOTH_SIDES[kind], d_model=64)
+    assert model.config.masked
+    assert model.mask_token == 256
+    hidden = tokens.clone()
+    hidden[:, 5] = 256
+    changed = hidden.clone()
+    changed[:, 11] = (changed[:, 11] + 1) % 256
+    before, after = model(hidden), model(changed)
+    assert before.shape == (2, 19, 256)
+    assert (before[:, 5] - after[:, 5]).abs().max() > 1e-9
+    with pytest.raises(
+        ShapeError, match=r"range from \d+ to 257, wanted 0 to vocab_size - 1 = 255, or mask_token = 256"
+    ):
+        model(hidden.clamp(min=1) + (hidden == 256))
+
+
+def test_the_mask_token_has_an_embedding_of_its_own_and_hides_what_stood_there(tokens: torch.Tensor) -> None:
+    model, other = model_of(objective="masked"), (tokens + 1) % 256
+    places = torch.arange(19).expand(2, 19) % 3 == 1
+    mixed = torch.where(places, other, tokens)
+    assert torch.equal(model(mixed.masked_fill(places, 256)), model(tokens.masked_fill(places, 256)))
+    model(tokens.masked_fill(places, 256)).sum().backward()
+    assert model.mask_embedding is not None
+    assert model.mask_embedding.grad is not None
+    assert model.mask_embedding.grad.abs().max() > 0
+    assert model_of().mask_embedding is model_of().mask_token is None
+
+
+def test_a_causal_layer_of_a_masked_model_sees_the_left_alone(tokens: torch.Tensor) -> None:
+    model, changed = model_of(objective="masked"), tokens.clone()
+    changed[:, 11:] = 256
+    torch.testing.assert_close(model(tokens)[:, :11], model(changed)[:, :11], rtol=0, atol=1e-12)
+
+
+def test_the_objective_adds_nothing_to_a_model_of_next_tokens(tokens: torch.Tensor) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        plain = model_of()
+        torch.manual_seed(5)
+        asked = model_of(objective="next")
+    assert "mask_embedding" not in plain.state_dict()
+    assert torch.equal(plain(tokens), asked(tokens))
+
+
+def test_layerwise_sharing_has_one_projection_for_the_masked_net(tokens: torch.Tensor) -> None:
+    shared = {"linformer": {"share": "layerwise", "max_length": 32, "rank": 8}}
+    model = model_of("linformer, small_decay, linformer", d_model=64, mixers=shared)
+    first, second = (dict(model.mixers[index].named_parameters()) for index in (0, 2))
+    (name,) = [name for name in first if first[name] is second[name]]
+    assert sorted(first[name].shape[-2:]) == [8, 32]
+    model(tokens).sum().backward()
+    assert first[name].grad is not None
+    own = model_of("linformer*2", d_model=64, mixers={"linformer": {"max_length": 32, "rank": 8}})
+    assert len(list(own.parameters())) == len(list(model_of("linformer*2", d_model=64, mixers=shared).parameters())) + 3
+
+
+@pytest.mark.parametrize(
+    ("layers", "fields"),
+    [(["linformer"], {}), (LAYERS, {"objective": "masked"}), (["small_decay", "linformer"], {})],
+)
+def test_a_model_of_masked_tokens_does_not_generate(layers: Any, fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="predicts masked bytes from both sides and cannot go on from a text"):
+        generate_bytes(model_of(layers, d_model=64, **fields), b"x", 1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "advice"),
+    [({"name": "small_decay", "causal": False}, "set causal: true"), ({"name": "linformer"}, "take a causal mixer")],
+)
+def test_layer_that_is_not_causal_is_refused_in_a_model_of_next_tokens(layer: dict[str, Any], advice: str) -> None:
+    told = f"layer 1 ({layer['name']}) is not causal"
+    with pytest.raises(ConfigError, match=re.escape(told)) as caught:
+        model_of(["small_mean", layer], d_model=64, objective="next")
+    assert f"{advice}, or objective: masked" in str(caught.value)
 
 
 def test_layer_without_a_state_is_refused_by_number_and_name(tokens: torch.Tensor) -> None:

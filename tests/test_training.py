@@ -21,7 +21,8 @@ from zoo.models import LanguageModel
 from zoo.models.generation import generate_bytes
 from zoo.tasks.text_corpus import Corpus, CorpusError, load_corpus
 from zoo.training import TrainConfig, TrainingError, train_language_model
-from zoo.training.checkpoint import CheckpointError, checkpoint_steps
+from zoo.training.checkpoint import CheckpointError, checkpoint_steps, load_checkpoint, save_checkpoint, step_folder
+from zoo.training.objective import NO_TARGET, masked_bytes
 from zoo.training.optimiser import grouped_parameters, learning_rate, make_optimiser, set_learning_rate
 from zoo.training.run_model import load_run
 
@@ -156,8 +157,13 @@ class TestConfig:
             ({"learning_rate": math.inf}, "learning_rate=inf"),
             ({"model": {"d_model": 32, "layers": "small_mean", "vocab_size": 99}}, "vocab_size=99"),
             (
-                {"model": {"d_model": 32, "layers": [{"name": "small_mean", "causal": False}]}},
+                {"model": {"d_model": 32, "layers": [{"name": "small_mean", "causal": False}]}, "objective": "next"},
                 "(small_mean) is not causal",
+            ),
+            ({"objective": "mask"}, "model.objective='mask'"),
+            (
+                {"model": {"d_model": 32, "layers": "small_mean", "objective": "next"}, "objective": "masked"},
+                "objective is given twice",
             ),
             (
                 {"model": {"d_model": 32, "layers": [{"name": "small_mean", "max_length": 31}]}},
@@ -278,7 +284,139 @@ class TestLoop:
         assert train_language_model(config_of(), corpus=corpus).corpus == "x"
 
 
+LINFORMER: dict[str, Any] = {"name": "linformer", "max_length": 64, "rank": 8}
+MASKED: dict[str, list[Any]] = {
+    "alone": [LINFORMER, LINFORMER],
+    "layerwise": [{**LINFORMER, "share": "layerwise"}] * 2,
+    "hybrid": ["small_decay", LINFORMER, "attention"],
+    "by option": [{"name": "mlp_mixer", "max_length": 32}] * 2,
+    "asked for": ["small_decay", "small_mean"],
+}
+
+
+def masked_config(kind: str, **fields: Any) -> TrainConfig:
+    return config_of(model={"d_model": 64, "layers": MASKED[kind], "dropout": 0.1}, objective="masked", **fields)
+
+
+class TestMaskedBytes:
+    @pytest.mark.parametrize(("context", "count"), [(1, 1), (7, 1), (32, 5), (100, 15)])
+    def test_a_share_of_each_window_is_masked_and_the_only_target(self, context: int, count: int) -> None:
+        windows = torch.randint(256, (50, context + 1), generator=torch.Generator().manual_seed(0))
+        inputs, targets = masked_bytes(windows, 256, torch.Generator().manual_seed(1))
+        masked = inputs == 256
+        assert masked.sum(1).tolist() == [count] * 50
+        assert torch.equal(inputs[~masked], windows[:, :-1][~masked])
+        assert torch.equal(targets[masked], windows[:, :-1][masked])
+        assert (targets[~masked] == NO_TARGET).all()
+        assert masked.any(0).all() or context > 32  # every place has its turn
+        again, _ = masked_bytes(windows, 256, torch.Generator().manual_seed(2))
+        assert context == 1 or not torch.equal(again, inputs)
+
+    def test_what_stands_on_both_sides_of_a_masked_byte_is_learnt(self) -> None:
+        """Pairs of a random byte of 16 and that byte + 16. Whoever sees the left alone needs 4 bits for each first one,
+        and for the second ones whose first is masked too: (4 + 0.15 * 4) / 2 = 2.3 bits at best."""
+        first = torch.randint(16, (4000, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        text = torch.cat([first, first + 16], 1).flatten()
+        corpus = Corpus("pairs", text, text[:2000], 1, 1, "pairs")
+        bits = {}
+        for causal in (False, True):
+            layers = [{"name": "small_mean", "causal": causal, "decay": 0.3}]
+            config = config_of(
+                model={"d_model": 32, "layers": layers}, objective="masked", steps=200, batch_size=16,
+                learning_rate=2e-2, eval_every=0, eval_windows=32,
+            )  # fmt: skip
+            result = train_language_model(config, corpus=corpus)
+            assert result.measure == "bits_per_masked_byte"
+            bits[causal] = result.bits
+        assert bits[False] < 2.0
+        assert bits[True] > 2.25  # 2.3 but for the few windows
+
+    @pytest.mark.parametrize("kind", MASKED)
+    def test_a_run_goes_on_to_the_same_numbers_and_names_its_measure(self, tmp_path: Path, kind: str) -> None:
+        config = masked_config(kind, steps=8, eval_every=3, eval_windows=6)
+        straight = train_language_model(config, out=tmp_path / "straight")
+        with pytest.raises(Stopped):
+            train_language_model(config, stop_at(6), out=tmp_path / "stopped")
+        result = train_language_model(config, out=tmp_path / "stopped")
+        assert result.resumed_from == 4
+        assert (result.losses, result.bits) == (straight.losses, straight.bits)
+        assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
+        assert abs(result.losses[0] - math.log(256)) < 0.5
+        assert result.evaluated_bytes == 6 * 5
+        written = json.loads((tmp_path / "stopped" / "result.json").read_text())
+        assert written["bits_per_masked_byte"] == result.bits
+        assert result.bits_per_byte is None
+        assert not [
+            key for record in (written, *metrics_of(tmp_path / "stopped")) for key in record if "_per_byte" in key
+        ]
+        with pytest.raises(ConfigError, match="predicts masked bytes from both sides"):
+            generate_bytes(load_run(tmp_path / "stopped")[0], b"def ", 5)
+
+    @pytest.mark.parametrize("kind", ["alone", "layerwise", "hybrid", "by option"])
+    def test_the_objective_follows_from_a_layer_that_sees_both_sides(self, kind: str) -> None:
+        config = config_of(model={"d_model": 64, "layers": MASKED[kind], "dropout": 0.1}, steps=2)
+        asked = masked_config(kind, steps=2)
+        assert config.model.objective is None
+        assert train_language_model(config).losses == train_language_model(asked).losses
+
+    def test_masks_change_with_the_step_and_the_seed_but_the_held_out_one_stays(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[tuple[bool, torch.Tensor]] = []
+        forward = LanguageModel.forward
+
+        def watched(self: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
+            seen.append((self.training, tokens == 256))
+            return forward(self, tokens)
+
+        monkeypatch.setattr(LanguageModel, "forward", watched)
+        for seed in (0, 1):
+            train_language_model(masked_config("asked for", steps=3, eval_every=1, eval_windows=4, seed=seed))
+        training = [mask for is_training, mask in seen if is_training]
+        held_out = [mask for is_training, mask in seen if not is_training and mask.shape[0] == 4]
+        assert (len(training), len(held_out)) == (6, 6)
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(training, 2))
+        assert all(torch.equal(held_out[0], mask) for mask in held_out)
+
+    def test_the_commands_say_what_was_measured_and_refuse_to_generate(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from zoo.cli import main
+
+        (tmp_path / "a.yaml").write_text(CONFIG.replace("layers:", "objective: masked\n  layers:"))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["zoo", "train", "a.yaml", "--out", "run", "--steps", "3", "--corpus", TEXT])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        told = capsys.readouterr().out
+        assert "which predicts masked bytes from both sides" in told
+        assert "bits per masked byte on 40 held-out bytes" in told
+        assert "bits per byte" not in told
+        monkeypatch.setattr(sys, "argv", ["zoo", "generate", "run"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert "cannot go on from a text" in capsys.readouterr().err
+
+
 class TestRunFolder:
+    def test_a_run_from_before_there_were_objectives_goes_on(self, tmp_path: Path) -> None:
+        config = config_of()
+        straight = train_language_model(config)
+        with pytest.raises(Stopped):
+            train_language_model(config, stop_at(6), out=tmp_path)
+        run = json.loads((tmp_path / "run.json").read_text())
+        assert run["config"]["model"].pop("objective", "none") is None
+        (tmp_path / "run.json").write_text(json.dumps(run))
+        old = load_checkpoint(step_folder(tmp_path / "checkpoints", 4))
+        del old.config["model"]["objective"]
+        shutil.rmtree(step_folder(tmp_path / "checkpoints", 4))
+        save_checkpoint(tmp_path / "checkpoints", old)
+        assert load_run(tmp_path)[2] == 4
+        result = train_language_model(config, out=tmp_path)
+        assert (result.resumed_from, result.losses) == (4, straight.losses)
+
     @pytest.mark.parametrize("stop", [1, 4, 6, 12])
     def test_a_run_stopped_anywhere_goes_on_to_the_same_numbers(self, tmp_path: Path, stop: int) -> None:
         mixers = {"small_decay": {"redraw": True, "share": True}}

@@ -71,6 +71,13 @@ def test_a_run_over_the_registry_marks_what_is_amiss_and_measures_the_rest(monke
 
     assert not [key for key in rows if key.startswith("bench_both_sides | decode")]
     assert rows["bench_both_sides | smoke run"]["causal_by_option"]
+    masked = rows["bench_never_causal | smoke run"]
+    assert 0 < masked["bits_per_masked_byte"] < 10
+    assert "bits_per_byte" not in masked
+    assert not masked["causal_by_option"]
+    assert len(masked["losses"]) == 2
+    told = " ".join(output.split())
+    assert "bench_never_causal: trained on masked bytes; its number is bits per masked byte, not bits per byte" in told
     assert rows["bench_limited | forward | 16"]["config"]["max_length"] == 16
     assert rows["bench_limited | decode | 16"]["outcome"] == DONE
 

@@ -1,6 +1,7 @@
 """Tables that fit a terminal and pictures that show every mixer."""
 
 import io
+import itertools
 from typing import Any
 
 import matplotlib.image
@@ -46,6 +47,8 @@ def many_rows() -> dict[str, dict[str, Any]]:
     rows["mixer_5 | smoke run"] |= {"reason": "cannot be causal"}
     rows["mixer_5 | forward | 128"]["causal"] = False
     rows["mixer_6 | smoke run"]["causal_by_option"] = True
+    del rows["mixer_7 | smoke run"]["bits_per_byte"]
+    rows["mixer_7 | smoke run"]["bits_per_masked_byte"] = 2.71828
     rows["gone | build"] = {"mixer": "gone", "kind": "build", "outcome": "failed", "error": "RegistryError: no torch"}
     return rows
 
@@ -81,6 +84,10 @@ def test_the_summary_marks_what_is_not_green_and_tells_crossovers() -> None:
     assert "41/72" in cells("mixer_2")
     assert cells("mixer_5")[1:3] == ["both", "sides"]
     assert "3.142*" in cells("mixer_6")
+    assert "2.718" in cells("mixer_7")
+    (after,) = [later for line, later in itertools.pairwise(lines) if line.startswith("mixer_7 ")]
+    assert after.split() == ["masked"]  # no bits per byte, and right below the number
+    assert sum("masked" in line for line in lines) == 1
     assert "failed" in cells("gone")
 
 
@@ -100,6 +107,8 @@ def test_notes_give_the_reasons() -> None:
     assert "mixer_4: failed: decode at T = 1024, 4096: ValueError: no" in lines
     assert "mixer_5: no smoke run: cannot be causal" in lines
     assert "mixer_6: trained with causal=True, measured without" in lines
+    assert "mixer_7: trained on masked bytes; its number is bits per masked byte, not bits per byte" in lines
+    assert sum("masked" in line for line in lines) == 1
     assert "gone: failed: build: RegistryError: no torch" in lines
     assert "mixer_5: every token sees both sides, while attention is causal here" in lines
 

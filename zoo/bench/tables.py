@@ -73,6 +73,8 @@ def notes(rows: Rows, baseline: str) -> list[str]:
                 lines.append(f"{name}: no {row['kind']}: {_first_line(row['reason'])}")
             if row.get("causal_by_option"):
                 lines.append(f"{name}: trained with causal=True, measured without")
+            if "bits_per_masked_byte" in row:
+                lines.append(f"{name}: trained on masked bytes; its number is bits per masked byte, not bits per byte")
     across = [name for name in names if _sight(rows, name) == BOTH_SIDES and name != baseline]
     if across and baseline in names and _sight(rows, baseline) != BOTH_SIDES:
         lines.append(f"{', '.join(across)}: every token sees both sides, while {baseline} is causal here")
@@ -139,10 +141,12 @@ def _verdict(rows: Rows, name: str) -> str:
 
 
 def _quality(rows: Rows, name: str) -> str:
-    """Bits per byte of the smoke run, or why there is no number."""
+    """Bits per byte of the smoke run, bits per masked byte marked as such, or why there is no number."""
     row = rows.get(f"{name} | smoke run", {})
     if "bits_per_byte" in row:
         return f"{row['bits_per_byte']:.3f}{'*' if row.get('causal_by_option') else ''}"
+    if "bits_per_masked_byte" in row:
+        return f"{row['bits_per_masked_byte']:.3f}\nmasked"  # another measure, and so marked
     return {SKIPPED: "no time", FAILED: "failed"}.get(row.get("outcome", ""), "-")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sequence_mixer.errors import ConfigError
 from zoo.models.language_model import LanguageModel
-from zoo.models.model_config import refuse_longer_than_limits
+from zoo.models.model_config import refuse_longer_than_limits, refuse_masked
 
 
 def generate_bytes(
@@ -19,8 +19,10 @@ def generate_bytes(
 
     prompt: an empty one stands for a newline. tokens: how many bytes to generate, >= 0.
     temperature: >= 0; 0 takes the likeliest byte. seed: of the sampling, on the CPU whatever the model's device.
-    Raises UnsupportedCapability if a layer is not stateful, ConfigError for a wrong number or a max_length passed.
+    Raises UnsupportedCapability if a layer is not stateful, ConfigError for a model that predicts masked bytes, a
+    wrong number, or a max_length passed.
     """
+    refuse_masked(model.config)
     if tokens < 0:
         raise ConfigError(f"tokens={tokens}: wanted 0 or more")
     if not 0 <= temperature < float("inf"):

@@ -1,4 +1,4 @@
-"""A language model over any causal mixers: embedding, blocks, norm, logits."""
+"""A language model over any mixers: embedding, blocks, norm, logits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ INIT_STD = 0.02  # of embeddings and MLP weights; mixers initialise themselves
 
 
 class LanguageModel(nn.Module):
-    """Next-token logits from the mixers that `config.layers` names, [B,T] -> [B,T,V].
+    """Logits of next or masked tokens from the mixers that `config.layers` names, [B,T] -> [B,T,V].
 
     backend: "auto", or a backend that every layer has and then uses.
-    Raises ConfigError if a layer is not causal, UnknownMixer, RegistryError, BackendError.
+    Raises ConfigError if `objective` is next and a layer is not causal, UnknownMixer, RegistryError, BackendError.
     """
 
     def __init__(self, config: ModelConfig, *, backend: str = "auto") -> None:
@@ -43,6 +43,7 @@ class LanguageModel(nn.Module):
         )
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.mask_embedding = nn.Parameter(torch.empty(config.d_model)) if config.masked else None
         self._initialise()
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -54,6 +55,8 @@ class LanguageModel(nn.Module):
             if block.mlp is not None:
                 nn.init.normal_(block.mlp.gate_value.weight, std=INIT_STD)
                 nn.init.normal_(block.mlp.out.weight, std=INIT_STD / (2 * len(self.layers)) ** 0.5)
+        if self.mask_embedding is not None:
+            nn.init.normal_(self.mask_embedding, std=INIT_STD)
 
     @property
     def blocks(self) -> list[Block]:
@@ -65,10 +68,15 @@ class LanguageModel(nn.Module):
         """The mixer of each layer."""
         return [block.mixer for block in self.blocks]
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, padding_mask: Tensor | None = None) -> Tensor:
-        """Logits of the token after each one.
+    @property
+    def mask_token(self) -> int | None:
+        """The token that hides another one, V; None in a model of next tokens, which has none."""
+        return None if self.mask_embedding is None else self.config.vocab_size
 
-        tokens: integers in [0, V), [B,T], or packed [1,T] with `cu_seqlens`.
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, padding_mask: Tensor | None = None) -> Tensor:
+        """Logits of the token after each one; in a masked model, of the token at each place.
+
+        tokens: integers in [0, V), or `mask_token`, [B,T], or packed [1,T] with `cu_seqlens`.
         cu_seqlens: int32 or int64 [S+1]; nothing crosses these boundaries. padding_mask: bool [B,T], True = real;
             what stands in padded slots (of tokens in [0, V)) does not matter, and their logits mean nothing.
         Returns [B,T,V]. Raises ShapeError, DtypeError, and what the mixers raise.
@@ -151,14 +159,17 @@ class LanguageModel(nn.Module):
             tokens = tokens.long()
         if tokens.dtype not in (torch.int32, torch.int64):
             raise DtypeError(f"tokens is {tokens.dtype}, wanted uint8, int32 or int64")
+        last, mask = self.config.vocab_size - 1, self.mask_token
         if checks_values(tokens) and tokens.numel():
             low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ShapeError(
-                    f"tokens range from {low} to {high}, wanted 0 to vocab_size - 1 = {self.config.vocab_size - 1}"
-                )
-        embedded: Tensor = self.embedding(tokens)
-        return embedded
+            if low < 0 or high > (last if mask is None else mask):
+                more = "" if mask is None else f", or mask_token = {mask}"
+                raise ShapeError(f"tokens range from {low} to {high}, wanted 0 to vocab_size - 1 = {last}{more}")
+        if self.mask_embedding is None:
+            embedded: Tensor = self.embedding(tokens)
+            return embedded
+        masked = tokens.eq(last + 1)
+        return torch.where(masked.unsqueeze(-1), self.mask_embedding, self.embedding(tokens.masked_fill(masked, 0)))
 
     def _logits(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(x))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -30,6 +30,11 @@ class ModelConfig(BaseModel):
     norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in RMSNorm")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability, on the output of each mixer and MLP")
     tie_embeddings: bool = Field(True, description="the output projection is the embedding")
+    objective: Literal["next", "masked"] | None = Field(
+        None,
+        description="what is predicted: the next token, or masked ones from both sides; masked if null and a layer is "
+        "not causal, else next",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -61,16 +66,34 @@ class ModelConfig(BaseModel):
         """Hidden width of the MLP; 0 for none."""
         return round(self.mlp_ratio * self.d_model)
 
+    @property
+    def masked(self) -> bool:
+        """True if the model predicts masked tokens: it is asked to, or a layer sees what comes next."""
+        if self.objective is not None:
+            return self.objective == "masked"
+        return not all(_capabilities(layer).causal for layer in self.layers)
+
 
 def refuse_future_readers(config: ModelConfig) -> None:
-    """Raise ConfigError if a layer is not causal: a next-token model would read what it has to predict."""
+    """Raise ConfigError if a model of next tokens has a layer that is not causal: it would read what it predicts."""
+    if config.masked:
+        return
     for index, layer in enumerate(config.layers):
         if not _capabilities(layer).causal:
-            advice = "; set causal: true" if "causal" in type(layer).model_fields else ""
+            advice = "set causal: true" if "causal" in type(layer).model_fields else "take a causal mixer"
             raise ConfigError(
-                f"layer {index} ({layer.name}) is not causal: a language model would see the tokens that it has to "
-                f"predict{advice or '; take a causal mixer'}"
+                f"layer {index} ({layer.name}) is not causal: with objective: next the model would see the tokens that "
+                f"it has to predict; {advice}, or objective: masked"
             )
+
+
+def refuse_masked(config: ModelConfig) -> None:
+    """Raise ConfigError if the model predicts masked tokens: what it says of the next one means nothing."""
+    if config.masked:
+        raise ConfigError(
+            "this model predicts masked bytes from both sides and cannot go on from a text; "
+            "train one of causal layers with objective: next to generate"
+        )
 
 
 def refuse_longer_than_limits(config: ModelConfig, tokens: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""The picture of a training run: bits per byte against steps."""
+"""The picture of a training run: bits per byte, or per masked byte, against steps."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import io
 import math
 from typing import Any
 
+from zoo.training.objective import NEXT, in_words
 
-def draw_curve(records: list[dict[str, Any]], title: str) -> bytes:
-    """A PNG with the training loss of each step and the held-out evaluations, both in bits per byte.
 
-    records: one per step, with `step`, `loss` (nats per byte) and, where evaluated, `held_out_bits_per_byte`.
+def draw_curve(records: list[dict[str, Any]], title: str, measure: str = NEXT) -> bytes:
+    """A PNG with the training loss of each step and the held-out evaluations, both in bits.
+
+    records: one per step, with `step`, `loss` (nats) and, where evaluated, `held_out_<measure>`.
+    measure: "bits_per_byte" or "bits_per_masked_byte", of both.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -20,15 +23,16 @@ def draw_curve(records: list[dict[str, Any]], title: str) -> bytes:
     axes = figure.add_subplot()
     steps = [record["step"] for record in records]
     axes.plot(steps, [record["loss"] / math.log(2) for record in records], color="0.6", label="training, each step")
-    evaluated = [record for record in records if "held_out_bits_per_byte" in record]
+    held_out = f"held_out_{measure}"
+    evaluated = [record for record in records if held_out in record]
     axes.plot(
         [record["step"] for record in evaluated],
-        [record["held_out_bits_per_byte"] for record in evaluated],
+        [record[held_out] for record in evaluated],
         "o-",
         color="tab:red",
         label="held-out files",
     )
-    axes.set(xlabel="step", ylabel="bits per byte", title=title)
+    axes.set(xlabel="step", ylabel=in_words(measure), title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()

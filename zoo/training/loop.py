@@ -19,6 +19,7 @@ from zoo.durable import write_file
 from zoo.models.language_model import LanguageModel
 from zoo.tasks.text_corpus import Corpus, load_corpus
 from zoo.training.checkpoint import Checkpoint, CheckpointError, restore, snapshot
+from zoo.training.objective import MASKED, NEXT, NO_TARGET, in_words, masked_bytes, next_bytes
 from zoo.training.optimiser import learning_rate, make_optimiser, set_learning_rate
 from zoo.training.run_folder import CURVE, RESULT, RunFolder
 from zoo.training.seeds import derived_generator, derived_seed
@@ -33,27 +34,35 @@ class TrainingError(MixerError, RuntimeError):
 class StepReport:
     """What `on_step` gets after each optimiser step.
 
-    step: 1..steps. loss: training loss, nats per byte. bits_per_byte: of the last held-out evaluation, or None.
-    tokens_per_second: of this step.
+    step: 1..steps. loss: training loss, nats per (masked) byte. bits: of the last held-out evaluation, or None.
+    tokens_per_second: of this step. measure: what `bits` are, "bits_per_byte" or "bits_per_masked_byte".
     """
 
     step: int
     steps: int
     loss: float
-    bits_per_byte: float | None
+    bits: float | None
     tokens_per_second: float
+    measure: str = NEXT
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """`bits` of a model of next bytes; None for another one, and before the first evaluation."""
+        return self.bits if self.measure == NEXT else None
 
 
 @dataclass(frozen=True)
 class TrainResult:
     """What a run came to.
 
-    bits_per_byte: on `evaluated_bytes` bytes of held-out text. losses: training loss of each step, nats per byte.
+    bits: on `evaluated_bytes` (masked) bytes of held-out text. measure: what they are, "bits_per_byte" or
+    "bits_per_masked_byte"; the two are never to be compared. losses: of each training step, nats per (masked) byte.
     tokens_per_second: bytes trained on over the time of the steps. seconds: time of the steps, earlier parts of an
     interrupted run included. parameters: number of elements. resumed_from: step, 0 for a run from the beginning.
     """
 
-    bits_per_byte: float
+    bits: float
+    measure: str
     evaluated_bytes: int
     losses: list[float]
     tokens_per_second: float
@@ -64,10 +73,15 @@ class TrainResult:
     corpus: str
     model: LanguageModel = field(repr=False, compare=False)
 
+    @property
+    def bits_per_byte(self) -> float | None:
+        """`bits` of a model of next bytes; None for one of masked bytes."""
+        return self.bits if self.measure == NEXT else None
+
     def summary(self) -> dict[str, Any]:
         """Everything but the model and the losses, as plain data."""
         return {
-            "bits_per_byte": self.bits_per_byte,
+            self.measure: self.bits,
             "evaluated_bytes": self.evaluated_bytes,
             "final_loss": self.losses[-1],
             "tokens_per_second": self.tokens_per_second,
@@ -118,6 +132,7 @@ def train_language_model(
         note(
             f"corpus {text.source}: {text.train.numel():,} bytes to train on, {text.held_out.numel():,} held out; "
             f"model of {trainer.parameters:,} parameters on {config.device}"
+            f"{', which predicts masked bytes from both sides' if config.model.masked else ''}"
         )
         for step in range(start + 1, config.steps + 1):
             record = trainer.step(step)
@@ -127,14 +142,14 @@ def train_language_model(
                 if step % config.checkpoint_every == 0 or step == config.steps:
                     folder.save(Checkpoint(step, plain, text.fingerprint, *snapshot(trainer.model, trainer.optimiser)))
             if on_step is not None:
-                on_step(_report(records, config))
+                on_step(_report(records, config, trainer.measure))
         result = _result(trainer, records, start)
         if folder is not None:
             folder.write_json(RESULT, {**result.summary(), "config": plain})
             from zoo.training.curve import draw_curve
 
-            title = f"{', '.join(_names(config))}: {result.bits_per_byte:.3f} bits per byte"
-            write_file(folder.path / CURVE, draw_curve(records, title))
+            title = f"{', '.join(_names(config))}: {result.bits:.3f} {in_words(result.measure)}"
+            write_file(folder.path / CURVE, draw_curve(records, title, result.measure))
     return result
 
 
@@ -148,21 +163,28 @@ class _Trainer:
         self.model = LanguageModel(config.model).to(device=device, dtype=dtype)
         self.optimiser = make_optimiser(self.model, config)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.held_out = corpus.held_out_windows(config.eval_windows, config.context)
+        self.measure = NEXT if self.model.mask_token is None else MASKED
+        windows = corpus.held_out_windows(config.eval_windows, config.context)
+        self.held_out = self.examples(windows, derived_generator(0, 0, "held-out mask"))  # whatever the seed
 
     def try_forward(self) -> None:
         """One window through the model, so that what cannot run says so before anything is written."""
         self.model.eval()
         with torch.no_grad():
-            self.loss(self.held_out[:1])
+            self.loss(*(part[:1] for part in self.held_out))
 
-    def loss(self, windows: Tensor) -> Tensor:
-        """Mean next-byte loss in nats. windows: int64 [B, T + 1]."""
-        windows = windows.to(self.device)
+    def examples(self, windows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, [B,T] each, of windows [B, T + 1]; the generator draws the masked places, if any."""
+        if self.model.mask_token is None:
+            return next_bytes(windows)
+        return masked_bytes(windows, self.model.mask_token, generator)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss in nats over the targets there are. inputs, targets: int64 [B,T], NO_TARGET for none."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            logits = self.model(windows[:, :-1])
+            logits = self.model(inputs.to(self.device))
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(wide.flatten(0, 1), windows[:, 1:].flatten())
+        return F.cross_entropy(wide.flatten(0, 1), targets.to(self.device).flatten(), ignore_index=NO_TARGET)
 
     def step(self, step: int) -> dict[str, Any]:
         """Optimiser step `step`; returns its line of the metrics. Raises TrainingError if it is not finite."""
@@ -174,7 +196,7 @@ class _Trainer:
         torch.manual_seed(derived_seed(config.seed, step, "dropout"))
         model.train()
         self.optimiser.zero_grad(set_to_none=True)
-        loss = self.loss(windows)
+        loss = self.loss(*self.examples(windows, derived_generator(config.seed, step, "mask")))
         torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         values = {"loss": loss.item(), "grad_norm": norm.item()}
@@ -192,17 +214,17 @@ class _Trainer:
         seconds = time.perf_counter() - began
         record: dict[str, Any] = {"step": step, **values, "learning_rate": rate, "seconds": seconds}
         if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-            record["held_out_bits_per_byte"] = self.evaluate()
+            record[f"held_out_{self.measure}"] = self.evaluate()
         return record
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Bits per byte on the held-out windows."""
+        """Bits per (masked) byte on the held-out windows, of which each has as many targets."""
         self.model.eval()
         total = 0.0
-        for windows in torch.split(self.held_out, self.config.batch_size):
-            total += self.loss(windows).item() * windows.shape[0]
-        return total / self.held_out.shape[0] / math.log(2)
+        for inputs, targets in zip(*(part.split(self.config.batch_size) for part in self.held_out), strict=True):
+            total += self.loss(inputs, targets).item() * inputs.shape[0]
+        return total / self.held_out[0].shape[0] / math.log(2)
 
 
 def _result(trainer: _Trainer, records: list[dict[str, Any]], start: int) -> TrainResult:
@@ -210,8 +232,9 @@ def _result(trainer: _Trainer, records: list[dict[str, Any]], start: int) -> Tra
     seconds = sum(record["seconds"] for record in records)
     trainer.model.eval()
     return TrainResult(
-        bits_per_byte=records[-1]["held_out_bits_per_byte"],
-        evaluated_bytes=trainer.held_out[:, 1:].numel(),
+        bits=records[-1][f"held_out_{trainer.measure}"],
+        measure=trainer.measure,
+        evaluated_bytes=int((trainer.held_out[1] != NO_TARGET).sum()),
         losses=[record["loss"] for record in records],
         tokens_per_second=len(records) * config.batch_size * config.context / seconds,
         seconds=seconds,
@@ -223,11 +246,11 @@ def _result(trainer: _Trainer, records: list[dict[str, Any]], start: int) -> Tra
     )
 
 
-def _report(records: list[dict[str, Any]], config: TrainConfig) -> StepReport:
+def _report(records: list[dict[str, Any]], config: TrainConfig, measure: str) -> StepReport:
     last = records[-1]
-    evaluated = [r["held_out_bits_per_byte"] for r in records if "held_out_bits_per_byte" in r]
+    evaluated = [r[f"held_out_{measure}"] for r in records if f"held_out_{measure}" in r]
     speed = config.batch_size * config.context / last["seconds"]
-    return StepReport(last["step"], config.steps, last["loss"], evaluated[-1] if evaluated else None, speed)
+    return StepReport(last["step"], config.steps, last["loss"], evaluated[-1] if evaluated else None, speed, measure)
 
 
 def _names(config: TrainConfig) -> list[str]:

@@ -19,13 +19,14 @@ _MODEL_KEYS = (*ModelConfig.model_fields, *ModelConfig.extra_keys)
 
 
 class TrainConfig(BaseModel):
-    """Everything that decides the numbers of a run. The keys of `model` may also stand at the top level of a file.
+    """Everything that decides the numbers of a run. The keys of `model` may also stand at the top level of a file,
+    `objective` beside `model` too.
 
     Two runs with equal configs on one machine give the same numbers bit for bit, interrupted or not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-    extra_keys: ClassVar[tuple[str, ...]] = ()
+    extra_keys: ClassVar[tuple[str, ...]] = ("objective",)
 
     model: ModelConfig
     corpus: str | None = Field(
@@ -54,7 +55,14 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _gather_model(cls, fields: Any) -> Any:
-        if isinstance(fields, Mapping) and "model" not in fields and "layers" in fields:
+        if not isinstance(fields, Mapping):
+            return fields
+        if "objective" in fields and isinstance(fields.get("model"), Mapping):
+            if "objective" in fields["model"]:
+                raise ConfigError("objective is given twice, at the top and in model; leave one out")
+            rest = {key: value for key, value in fields.items() if key != "objective"}
+            return {**rest, "model": {**fields["model"], "objective": fields["objective"]}}
+        if "model" not in fields and "layers" in fields:
             rest = {key: value for key, value in fields.items() if key not in _MODEL_KEYS}
             return {**rest, "model": {key: fields[key] for key in _MODEL_KEYS if key in fields}}
         return fields
