@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.ops import record_dispatch
 from zoo.ops.favor_attention import favor_attention, flops
 from zoo.ops.favor_attention.features import FEATURES, feature_count, log_features, relu_features
+from zoo.ops.favor_attention.outgrown import LIMIT
 
 from sequence_mixer.conformance.budget import judge, relative_rms, rms
 from sequence_mixer.errors import BackendError, ConfigError, DtypeError, PackingError, ShapeError
@@ -239,16 +240,37 @@ def test_keys_that_outgrow_all_earlier_ones_neither_overflow_nor_lose_digits(gro
     assert all(bool(value.isfinite().all()) for value in plain.values())
 
 
+@pytest.mark.parametrize("past", [2.0, 8.0])  # of size 8, keys outgrow earlier ones by more than exp(LIMIT)
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_future_keys_change_no_bit_of_past_outputs(backend: str, scale: float) -> None:
-    given = {name: value.float() for name, value in inputs_of(80, scale=2.0, state=False).items()}
+def test_future_keys_change_no_bit_of_past_outputs(backend: str, scale: float, past: float) -> None:
+    given = {name: value.float() for name, value in inputs_of(80, scale=past, state=False).items()}
     changed = {name: value.clone() for name, value in given.items()}
     for name in "qkv":
         changed[name][:, 41:] = scale * torch.randn_like(changed[name][:, 41:])
     ours, other = (favor_attention(**each, backend=backend)[0] for each in (given, changed))
     assert torch.equal(ours[:, :41], other[:, :41])
     assert not torch.equal(ours[:, 41:], other[:, 41:])
+
+
+@pytest.mark.parametrize("features", ["positive", "hyperbolic"])
+@pytest.mark.parametrize("kind", ["packed", "padded", "state"])
+def test_outgrown_rows_agree_with_the_definition_packed_padded_and_continued(kind: str, features: str) -> None:
+    options: dict[str, object] = {"features": features, "eps": 1e-2}
+    packed = kind == "packed"
+    given = inputs_of(
+        150, batch=1 if packed else 2, sequences=4 if packed else None, scale=5.0, state=kind != "padded",
+        features=features,
+    )  # fmt: skip
+    if packed:
+        options["cu_seqlens"] = torch.tensor([0, 70, 70, 73, 150])
+    if kind == "padded":
+        mask = torch.ones(2, 150, dtype=torch.bool)
+        mask[0, :9] = mask[1, 101:] = False
+        options["padding_mask"] = mask
+    logs = log_features(given["k"], given["projection"], features)
+    assert float((logs.cummax(1).values[:, 63] - logs[:, 0]).max()) > LIMIT
+    assert_same(run(given, "chunked", **options), run(given, "reference", **options), 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -18,11 +18,12 @@ from sequence_mixer.shapes import (
     expect_shape,
 )
 from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
-from zoo.ops.favor_attention.chunked import empty_state, favor_attention_chunked
+from zoo.ops.favor_attention.chunked import favor_attention_chunked
 from zoo.ops.favor_attention.cost import flops
 from zoo.ops.favor_attention.features import FEATURES, expect_features, feature_count
 from zoo.ops.favor_attention.projection import draw_projection
 from zoo.ops.favor_attention.reference import favor_attention_reference
+from zoo.ops.favor_attention.running_maximum import empty_state
 from zoo.ops.favor_attention.triton_path import favor_attention_triton, refuses
 from zoo.ops.semiseparable.triton_path import KERNEL_DTYPES
 

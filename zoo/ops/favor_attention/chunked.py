@@ -10,7 +10,7 @@ from sequence_mixer.shapes import accumulation_dtype
 from zoo.ops.favor_attention.bidirectional import attend_exponentials, attend_like_jax
 from zoo.ops.favor_attention.features import empty_maximum, log_features, quotient, relu_features
 from zoo.ops.favor_attention.recurrence import one_token
-from zoo.ops.favor_attention.running_maximum import scan_exponentials
+from zoo.ops.favor_attention.running_maximum import empty_state, scan_exponentials
 from zoo.ops.linear_attention.bidirectional import sum_over_all
 from zoo.ops.linear_attention.feature_map import for_every_head
 from zoo.ops.semiseparable.chunked import scan
@@ -44,29 +44,23 @@ def favor_attention_chunked(
             q.to(inner), keys, values, projection, features, eps, feature_eps, padding_mask, cu_seqlens
         )  # fmt: skip
         return y.to(v.dtype), final
+    if causal and (v.shape[1] > 1 or cu_seqlens is not None):
+        y, final = scan_exponentials(
+            q, k, values, projection, features, padding_mask, initial_state, cu_seqlens, eps
+        )  # fmt: skip
+        return y.to(v.dtype), final
     log_q = log_features(q, projection, features)
     log_k = log_features(k, projection, features)
     if padding_mask is not None:
         log_k = log_k.masked_fill(~padding_mask[:, :, None, None], -torch.inf)
     log_k = for_every_head(log_k, heads)
-    if not causal:
-        y, final = attend_exponentials(log_q, log_k, values, cu_seqlens, eps)
-        return y.to(v.dtype), final
-    if initial_state is None:
-        initial_state = empty_state(v, heads, log_q.shape[-1], cu_seqlens)
-    if v.shape[1] == 1 and cu_seqlens is None:
+    if causal:
+        if initial_state is None:
+            initial_state = empty_state(v, heads, log_q.shape[-1], cu_seqlens)
         y, final = one_token(log_q, log_k, values, initial_state, eps)
     else:
-        y, final = scan_exponentials(log_q, log_k, values, initial_state, cu_seqlens, eps)
+        y, final = attend_exponentials(log_q, log_k, values, cu_seqlens, eps)
     return y.to(v.dtype), final
-
-
-def empty_state(v: Tensor, heads: int, count: int, cu_seqlens: Tensor | None) -> Tensor:
-    """The state [S,H,M,P+2] before the first key, in the accumulation dtype."""
-    inner = accumulation_dtype(v.dtype)
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    sums = v.new_zeros(sequences, heads, count, v.shape[-1] + 1, dtype=inner)
-    return F.pad(sums, (0, 1), value=empty_maximum(inner))
 
 
 def _relu(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from zoo.ops.favor_attention.features import feature_count
-from zoo.ops.favor_attention.running_maximum import CHUNK, PART, chunk_length
 from zoo.ops.semiseparable.chunked import BLOCK
+from zoo.ops.semiseparable.cost import CHUNK
 from zoo.ops.semiseparable.cost import flops as scan_flops
 
 
@@ -23,7 +23,8 @@ def flops(
     """FLOPs of the plain path's forward, 2 per multiply-add, with M features and P' = P + 1.
 
     Features: 2 B T (H + G) R N for R rows of the projection. Then 4 B T H M P' if not causal; if causal as much for the
-    states, and products inside chunks of K = 64 tokens, about B T H K (M + P').
+    states, and products inside chunks of K = 64 tokens, 2 B T H K (M + P'). Rows that `outgrown` serves cost more: they
+    depend on the inputs and are not counted here.
     """
     count = feature_count(rows, features)
     mapped = 2 * batch * tokens * (heads + groups) * rows * width
@@ -36,14 +37,12 @@ def flops(
         chunks = -(-tokens // CHUNK)
         scanned = scan_flops(batch, chunks * min(CHUNK, tokens), heads, heads, count, values)
         return mapped + scanned + batch * heads * carried(chunks) * count * values
-    length = chunk_length(tokens)
+    length = min(CHUNK, tokens)
     chunks = -(-tokens // length)
-    inside, half = 2 * length * PART * values, PART
-    while half < length:
-        inside += length * half * (count + values)
-        half *= 2
-    states = 4 * length * count * values + carried(chunks) // chunks * count * values
-    return mapped + batch * heads * chunks * (inside + states)
+    inside = 2 * length * length * (count + values)
+    states = 4 * length * count * values
+    mapped = mapped // tokens * chunks * length  # the last chunk is filled up
+    return mapped + batch * heads * (chunks * (inside + states) + carried(chunks) * count * values)
 
 
 def carried(chunks: int) -> int:
