@@ -27,7 +27,7 @@ def mean_pool(x: Tensor, real: Tensor) -> Tensor:
     x: [B,R,W,G,P], 0 at the other slots. real: bool [B,R,W]. Returns [B,R,G,P].
     """
     counts = real.sum(2).clamp(min=1)
-    return x.sum(2) / counts[:, :, None, None].to(x.dtype)
+    return (x.sum(2) / counts[:, :, None, None]).to(x.dtype)  # autocast on CUDA sums in float32
 
 
 def max_pool(x: Tensor, real: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ S4_EXAMPLES: dict[str, dict[str, Any]] = {
         "real_scale": 1.5, "imag_scale": 0.5, "b_init": "random", "p_scale": 0.5,
         "real_transform": "softplus", "activation": "none", "output": "none", "max_length": 160,
     },
-    "bidirectional": {**_SHORT, "causal": False, "activation": "relu"},
+    "bidirectional": {**_SHORT, "causal": False, "activation": "silu"},
     "measures": {**_SHORT, "init": "tlagt+glagt+legsd+foud", "n_ssm": 4, "dt_min": 0.01, "dt_max": 0.2},
 }  # fmt: skip
 
@@ -47,7 +47,7 @@ S4D_EXAMPLES: dict[str, dict[str, Any]] = {
     "real": {**_SMALL, "init": "real", "real": True, "real_transform": "relu", "activation": "silu", "bias": False},
     "bidirectional": {
         **_SMALL, "causal": False, "init": "inv", "imag_transform": "softplus", "disc": "bilinear",
-        "activation": "relu", "ssm_lr_scale": 0.1,
+        "activation": "silu", "ssm_lr_scale": 0.1,
     },
 }  # fmt: skip
 

@@ -176,7 +176,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dsums: Tensor, dhighest: Tensor | None) -> tuple[Tensor | None, ...]:
     outgrown = ctx.saved_tensors[-1]
-    if not torch.compiler.is_compiling() and not outgrown.any():
+    real = type(outgrown) is Tensor  # tracers (torch 2.11's do not say that they compile) pass stand-ins without values
+    if real and not torch.compiler.is_compiling() and not outgrown.any():
         return (None,) * 6
     return (*outgrown_rows_backward(dsums, *ctx.saved_tensors), None, None)
 
