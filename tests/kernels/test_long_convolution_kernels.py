@@ -77,6 +77,16 @@ def test_transforms_between_fused_gates_meet_the_definition(
     check(given, torch.bfloat16, reverse_lag=lag)
 
 
+@pytest.mark.parametrize(("taps", "ahead", "tokens"), [(140, 0, 135), (100, 90, 135), (300, 0, 300)])
+def test_the_gradient_of_the_skip_beside_transforms_is_rounded_once(
+    device: str, taps: int, ahead: int, tokens: int
+) -> None:
+    given = inputs(device, 2, tokens, 16, taps=taps, ahead=ahead, gates=False)
+    exact = run({name: t.double() for name, t in given.items()}, "reference")["dD"]
+    error = run(given, "triton")["dD"].double() - exact
+    assert float(error.norm() / exact.norm()) < 1e-7  # a sum in float32 or a tap of the transforms: 1.1e-7 and more
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_within_its_budget(device: str, dtype: torch.dtype) -> None:
     check(inputs(device, 2, 130, taps=130, ahead=7), dtype)
@@ -169,6 +179,9 @@ def test_the_custom_operators_keep_their_promises(device: str) -> None:
     ends = torch.tensor([0, 2, 9], device=device)
     torch.library.opcheck(triton_path.long_convolution_in, (x, gate, True))
     torch.library.opcheck(triton_path.long_convolution_out, (u_t, gate, torch.float32))
+    torch.library.opcheck(
+        triton_path.long_convolution_skip, (u_t.detach()[:, :, :4], u_t[:, :, :4].clone(), taps[:, 0])
+    )
     torch.library.opcheck(triton_path.long_convolution_toeplitz, (u_t, taps, 1, ends))
     bare = [t.detach() for t in (x, gate, u_t, taps)]
     torch.library.opcheck(triton_path.long_convolution_gates_backward, (bare[2], bare[0], bare[1]))

@@ -98,6 +98,31 @@ def test_outputs_and_gradients_stay_within_budget(name: str, device: str):
         check(draw(**sizes), sizes["queries"], device, dtype, **options)
 
 
+def test_an_error_that_all_weights_of_a_query_have_in_common_leaves_gradients_alone(device: str):
+    from zoo.ops.softmax_attention.triton_path import batch_spans
+
+    given = typed(draw(40, 40, "all", batch=1, heads=1), device, torch.float32)
+    tensors = tuple(given.get(name) for name in ("v", "q", "k", "table", "left", "right"))
+    spans = batch_spans(1, 40, 40, None, tensors[0].device)
+    y, lse = torch.ops.zoo.synthetic_attention_fwd(*tensors, spans, 40, True, False)
+    dy = torch.randn_like(y)
+    wanted = torch.ops.zoo.synthetic_attention_bwd(dy, *tensors, y, lse, spans, True, False, True)
+    off = lse + 1e-3 * torch.randn_like(lse)
+    for value, expected in zip(
+        torch.ops.zoo.synthetic_attention_bwd(dy, *tensors, y, off, spans, True, False, True), wanted, strict=True
+    ):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_of_half_precision_are_given_whole_widths(dtype: torch.dtype):
+    from zoo.ops.synthetic_attention.kernels.operands import operands
+
+    given = typed(draw(33, 33, "all", width=20), "cpu", dtype)
+    sizes = operands(*(given[name] for name in ("v", "q", "k", "table", "left", "right"))).sizes()
+    assert (sizes["P"], sizes["N"], sizes["A"], sizes["C"], sizes["COLUMNS"]) == (32, 16, 16, 16, 7)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("width", [64, 128])

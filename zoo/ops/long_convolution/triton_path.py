@@ -33,8 +33,6 @@ def triton_refuses(*, taps: int, longest: int, empty: bool, packed: bool, auto: 
 def convolve_triton(x: Tensor, call: Convolution) -> Tensor:
     """x [B,T,D] -> y [B,T,D]."""
     kernel, ahead = call.taps(x.shape[1], x.new_empty(0, dtype=torch.float32))
-    if call.D is not None:
-        kernel = kernel + F.pad(call.D.to(kernel.dtype).unsqueeze(1), (0, kernel.shape[1] - 1))
     taps = kernel.shape[1] + (0 if ahead is None else ahead.shape[1])
     by_transforms = taps > LONGEST[x.dtype] and call.cu_seqlens is None
     u_t = long_convolution_in(x, call.pre_gate, by_transforms)  # [D,B,T]
@@ -43,7 +41,11 @@ def convolve_triton(x: Tensor, call: Convolution) -> Tensor:
         n = fft_length(x.shape[1] + max(kernel.shape[1] - 1, furthest))
         spectra = spectrum(kernel, ahead, call.reverse_lag, n).t().unsqueeze(1)
         y_t = torch.fft.irfft(torch.fft.rfft(u_t, n) * spectra, n)[..., : x.shape[1]]
+        if call.D is not None:
+            y_t = long_convolution_skip(y_t, u_t, call.D)
     else:
+        if call.D is not None:
+            kernel = kernel + F.pad(call.D.to(kernel.dtype).unsqueeze(1), (0, kernel.shape[1] - 1))
         both, reach = both_sides(kernel, ahead, call.reverse_lag)
         y_t = long_convolution_toeplitz(u_t, both, reach, call.cu_seqlens)
     y: Tensor = long_convolution_out(y_t, call.post_gate, x.dtype)
@@ -83,6 +85,20 @@ def long_convolution_out(y_t: Tensor, gate: Tensor | None, dtype: torch.dtype) -
 @long_convolution_out.register_fake
 def _(y_t: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
     return y_t.new_empty((*y_t.shape[1:], y_t.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("zoo::long_convolution_skip", mutates_args=())
+def long_convolution_skip(y_t: Tensor, u_t: Tensor, D: Tensor) -> Tensor:
+    """y_t + D u_t, contiguous. y_t, u_t: [D,B,T] float32. D: [D].
+
+    A tap of the transforms would do, but its gradient would have their rounding: an error of the size of all taps.
+    """
+    return torch.addcmul(y_t, u_t, D.to(u_t.dtype)[:, None, None]).contiguous()
+
+
+@long_convolution_skip.register_fake
+def _(y_t: Tensor, u_t: Tensor, D: Tensor) -> Tensor:
+    return u_t.new_empty(u_t.shape)
 
 
 @torch.library.custom_op("zoo::long_convolution_gates_backward", mutates_args=())
@@ -156,6 +172,17 @@ def _differentiate_out(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return long_convolution_in(dy, gate, ctx.single), long_convolution_out(y_t, dy, gate.dtype), None
 
 
+def _save_skip(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _differentiate_skip(ctx: Any, dy_t: Tensor) -> tuple[Tensor | None, ...]:
+    u_t, D = ctx.saved_tensors
+    du_t = dy_t * D.to(dy_t.dtype)[:, None, None] if ctx.needs_input_grad[1] else None
+    dD = (dy_t * u_t).sum((1, 2), dtype=torch.float64).to(D.dtype) if ctx.needs_input_grad[2] else None
+    return dy_t, du_t, dD
+
+
 def _save_toeplitz(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     u_t, taps, ctx.ahead, cu_seqlens = inputs
     ctx.save_for_backward(u_t, taps, cu_seqlens)
@@ -168,10 +195,12 @@ def _differentiate_toeplitz(ctx: Any, dy_t: Tensor) -> tuple[Tensor | None, ...]
 
 long_convolution_in.register_autograd(_differentiate_in, setup_context=_save_in)
 long_convolution_out.register_autograd(_differentiate_out, setup_context=_save_out)
+long_convolution_skip.register_autograd(_differentiate_skip, setup_context=_save_skip)
 long_convolution_toeplitz.register_autograd(_differentiate_toeplitz, setup_context=_save_toeplitz)
 for _op, _forward in (
     (long_convolution_in, True),
     (long_convolution_out, True),
+    (long_convolution_skip, True),
     (long_convolution_toeplitz, True),
     (long_convolution_gates_backward, False),
     (long_convolution_toeplitz_backward, False),

@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import add_product, dot
-from zoo.ops.linformer_attention.kernels.tiles import attend_tiles, gather_tiles, rows_contiguous, split_length
+from zoo.ops.kernels.widths import cut_width
+from zoo.ops.linformer_attention.kernels.tiles import attend_tiles, gather_tiles, split_length
+from zoo.ops.softmax_attention.kernels.tiles import wide_rows
 
 
 @triton.jit
@@ -120,11 +122,11 @@ def attend_backward(
     dy: Tensor, q: Tensor, keys: Tensor, values: Tensor, spans: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [B,T,H,P], and of the projected keys and values, [B,R,G,P]; all contiguous, in the dtype of q."""
-    dy, q = rows_contiguous(dy), rows_contiguous(q)
-    keys, values = keys.contiguous(), values.contiguous()
+    wanted, dy, q = q.shape[3], wide_rows(dy), wide_rows(q)
+    keys, values = wide_rows(keys.contiguous()), wide_rows(values.contiguous())
     batch, tokens, heads, width = q.shape
     rank, groups = keys.shape[1:3]
-    scale = width**-0.5
+    scale = wanted**-0.5
     scales, marks = (scale, scale * math.log2(math.e)), q if spans is None else spans
     strides = (q.stride(0), q.stride(1), q.stride(2), dy.stride(0), dy.stride(1), dy.stride(2))
     options = {"HEADS_PER_GROUP": heads // groups, "P": width, "HAS_SPANS": spans is not None}
@@ -146,4 +148,4 @@ def attend_backward(
         batch, tokens, rank, heads, groups, span, r_tiles, *scales, *strides, **options, **tiles,
     )  # fmt: skip
     dkeys, dvalues = (partial[:, 0] if parts == 1 else partial.sum(1)).to(q.dtype).unbind(0)
-    return dq, dkeys, dvalues
+    return cut_width(dq, wanted), cut_width(dkeys, wanted), cut_width(dvalues, wanted)

@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import dot
-from zoo.ops.linformer_attention.kernels.tiles import attend_tiles, rows_contiguous
+from zoo.ops.kernels.widths import cut_width
+from zoo.ops.linformer_attention.kernels.tiles import attend_tiles
+from zoo.ops.softmax_attention.kernels.tiles import wide_rows
 
 
 @triton.jit
@@ -51,7 +53,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor | None) -> Ten
 
     q: [B,T,H,P]. keys, values: [B,R,G,P], contiguous, in the dtype of q. spans: as in `project`.
     """
-    q = rows_contiguous(q)
+    wanted = q.shape[3]
+    q, keys, values = wide_rows(q), wide_rows(keys), wide_rows(values)
     batch, tokens, heads, width = q.shape
     rank, groups = keys.shape[1:3]
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -59,8 +62,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor | None) -> Ten
     t_tiles = triton.cdiv(tokens, tiles["BLOCK_T"])
     _attend_fwd[(batch * heads * t_tiles,)](
         q, keys, values, q if spans is None else spans, y,
-        tokens, rank, heads, groups, t_tiles, width**-0.5 * math.log2(math.e),
+        tokens, rank, heads, groups, t_tiles, wanted**-0.5 * math.log2(math.e),
         q.stride(0), q.stride(1), q.stride(2),
         HEADS_PER_GROUP=heads // groups, P=width, HAS_SPANS=spans is not None, **tiles,
     )  # fmt: skip
-    return y
+    return cut_width(y, wanted)

@@ -8,7 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import add_product
-from zoo.ops.linformer_attention.kernels.tiles import project_tiles, rows_contiguous, split_length
+from zoo.ops.kernels.widths import cut_width
+from zoo.ops.linformer_attention.kernels.tiles import project_tiles, split_length
+from zoo.ops.softmax_attention.kernels.tiles import wide_rows
 
 
 @triton.jit
@@ -60,7 +62,7 @@ def project(matrix: Tensor, x: Tensor, spans: Tensor | None) -> Tensor:
     spans: int64 [B,2], first real token and number of real tokens of each row; None if all are real. Column t of the
     matrix meets the t-th real token.
     """
-    x = rows_contiguous(x)
+    wanted, x = x.shape[3], wide_rows(x)
     batch, tokens, groups, width = x.shape
     rank, units = matrix.shape[-2], 1 if matrix.dim() == 2 else groups
     channels = groups * width // units
@@ -76,4 +78,4 @@ def project(matrix: Tensor, x: Tensor, spans: Tensor | None) -> Tensor:
         x.stride(0), x.stride(1), x.stride(2),
         P=width, HAS_SPANS=spans is not None, **tiles,
     )  # fmt: skip
-    return (partial[0] if parts == 1 else partial.sum(0)).to(x.dtype)
+    return cut_width((partial[0] if parts == 1 else partial.sum(0)).to(x.dtype), wanted)

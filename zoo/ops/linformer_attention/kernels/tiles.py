@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 PROGRAMS = 264  # two for each multiprocessor of an H100 or H200; a sum over the length is split until there are as many
 
 
@@ -56,8 +54,3 @@ def gather_tiles(rank: int, width: int, element_size: int) -> dict[str, int]:
         "BLOCK_T": edge, "BLOCK_R": min(edge, power_of_two(rank)), "BLOCK_P": block_p,
         "num_warps": warps, "num_stages": 2,
     }  # fmt: skip
-
-
-def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if its last axis is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

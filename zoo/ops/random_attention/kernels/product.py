@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import add_product
+from zoo.ops.kernels.widths import cut_width
 from zoo.ops.random_attention.kernels.tiles import row_block, tiles_for
-from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous
+from zoo.ops.softmax_attention.kernels.tiles import wide_rows
 
 
 @triton.jit
@@ -157,7 +158,7 @@ def _centre_rows(
 
 def mix(weights: Tensor, v: Tensor, causal: bool) -> Tensor:
     """y [B,Tq,H,P] in the dtype of v. weights: [H,Tq,Tk], contiguous, of that dtype."""
-    v = rows_contiguous(v)
+    wanted, v = v.shape[3], wide_rows(v)
     batch, keys, heads, width = v.shape
     queries, columns = weights.shape[1], batch * width
     y = torch.empty((batch, queries, heads, width), dtype=v.dtype, device=v.device)
@@ -168,12 +169,12 @@ def mix(weights: Tensor, v: Tensor, causal: bool) -> Tensor:
         P=width, CAUSAL=causal, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.terms,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return y
+    return cut_width(y, wanted)
 
 
 def mix_backward_values(weights: Tensor, dy: Tensor, causal: bool) -> Tensor:
     """Gradient of v, [B,Tk,H,P]; arguments as in `mix`."""
-    dy = rows_contiguous(dy)
+    wanted, dy = dy.shape[3], wide_rows(dy)
     batch, queries, heads, width = dy.shape
     keys, columns = weights.shape[2], batch * width
     dv = torch.empty((batch, keys, heads, width), dtype=dy.dtype, device=dy.device)
@@ -184,16 +185,16 @@ def mix_backward_values(weights: Tensor, dy: Tensor, causal: bool) -> Tensor:
         P=width, CAUSAL=causal, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.terms,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return dv
+    return cut_width(dv, wanted)
 
 
 def mix_backward_table(weights: Tensor, v: Tensor, y: Tensor, dy: Tensor, causal: bool) -> Tensor:
     """Gradient of the logits, float32 [H,Tq,Tk], gathered over the batch; y: result of `mix`."""
-    v, dy = rows_contiguous(v), rows_contiguous(dy)
-    heads, queries, keys = weights.shape
-    width = v.shape[3]
     exact = v.dtype == torch.float32
     delta = weights if exact else (dy.float() * y.float()).sum((0, 3)).t().contiguous()  # [H,Tq]
+    v, dy = wide_rows(v), wide_rows(dy)
+    heads, queries, keys = weights.shape
+    width = v.shape[3]
     dtable = torch.empty((heads, queries, keys), dtype=torch.float32, device=v.device)
     tiles = tiles_for(queries, keys, v.element_size())
     grid = (triton.cdiv(queries, tiles.rows) * triton.cdiv(keys, tiles.columns), heads)

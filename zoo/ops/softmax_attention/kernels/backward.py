@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import add_product, dot
-from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous, strides, tiles_of, widths
+from zoo.ops.kernels.widths import cut_width
+from zoo.ops.softmax_attention.kernels.tiles import strides, tiles_of, wide_rows, widths
 
 
 @triton.jit
@@ -174,7 +175,8 @@ def attention_backward(
     padded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; see `triton_path` for the arguments."""
-    dy, y, q, k, v = (rows_contiguous(tensor) for tensor in (dy, y, q, k, v))
+    wanted = (q.shape[3], k.shape[3], v.shape[3])
+    dy, y, q, k, v = (wide_rows(tensor) for tensor in (dy, y, q, k, v))
     lse = lse.contiguous()
     batch, queries, heads, channels = q.shape
     keys, groups, value_channels = v.shape[1:]
@@ -204,6 +206,7 @@ def attention_backward(
         q, k, v, dy, lse, delta, dk, dv, spans, k_tiles, sequences, k_programs, *scales,
         *input_strides, *strides(dk, packed), *strides(dv, packed), *stat_strides, **sizes,
     )  # fmt: skip
+    dq, dk, dv = (cut_width(gradient, width) for gradient, width in zip((dq, dk, dv), wanted, strict=True))
     return dq, dk, dv
 
 

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import dot
-from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous, strides, tiles_of, widths
+from zoo.ops.kernels.widths import cut_width
+from zoo.ops.softmax_attention.kernels.tiles import strides, tiles_of, wide_rows, widths
 
 
 @triton.jit
@@ -80,7 +81,8 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float, causal: bool, packed: bool, padded: bool
 ) -> tuple[Tensor, Tensor]:
     """y [B,Tq,H,Pv] and the base-2 log-sum-exp float32 [B,H,Tq]; see `triton_path` for the arguments."""
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    wanted = v.shape[3]
+    q, k, v = wide_rows(q), wide_rows(k), wide_rows(v)
     batch, queries, heads, channels = q.shape
     groups, value_channels = v.shape[2:]
     fresh = torch.zeros if padded else torch.empty
@@ -99,7 +101,7 @@ def attention_forward(
         BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_P=block_p, BLOCK_PV=block_pv,
         num_warps=warps, num_stages=2,
     )  # fmt: skip
-    return y, lse
+    return cut_width(y, wanted), lse
 
 
 def _blocks(width: int, element_size: int) -> tuple[int, int, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.ops.kernels.widths import whole_width
+
 
 def tiles_of(lengths: Tensor, total: int, block: int) -> tuple[Tensor, int]:
     """Table int64 [2,M] of (sequence, tile within it) for M programs, and M.
@@ -29,6 +31,11 @@ def widths(channels: int) -> int:
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """The tensor, or a copy if its last axis is not contiguous."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def wide_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if its last axis is not contiguous or, in half precision, no multiple of 16."""
+    return rows_contiguous(whole_width(tensor))
 
 
 def strides(tensor: Tensor, packed: bool) -> tuple[int, int, int]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous
+from zoo.ops.kernels.widths import cut_width
+from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous, wide_rows
 from zoo.ops.synthetic_attention.kernels.backward_keys import backward_keys
-from zoo.ops.synthetic_attention.kernels.backward_queries import backward_queries, row_deltas
+from zoo.ops.synthetic_attention.kernels.backward_queries import backward_queries, row_stats
 from zoo.ops.synthetic_attention.kernels.backward_table import backward_table
 from zoo.ops.synthetic_attention.kernels.operands import operands
 
@@ -33,12 +34,16 @@ def synthetic_backward(
     of_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of v, q, k, table, left and right; see `triton_path` for the arguments."""
-    given, dy, lse = operands(v, q, k, table, left, right), rows_contiguous(dy), lse.contiguous()
-    delta = row_deltas(given, dy, y, lse, spans, causal, packed)
-    shared = (given, dy, lse, delta, spans, causal, packed)
+    given, dy = operands(v, q, k, table, left, right), rows_contiguous(dy)
+    stats = row_stats(given, dy, y, lse.contiguous(), spans, causal, packed)
+    shared = (given, wide_rows(dy), stats, spans, causal, packed)
     dq, dleft, dright = backward_queries(*shared)
     dk, dv = backward_keys(*shared)
     dtable = torch.empty(0, dtype=torch.float32, device=v.device)
     if of_table and table is not None:
         dtable = backward_table(*shared)
+    dv, dq, dk, dleft, dright = (
+        gradient if part is None else cut_width(gradient, part.shape[-1])
+        for gradient, part in ((dv, v), (dq, q), (dk, k), (dleft, left), (dright, right))
+    )
     return dv, dq, dk, dtable, dleft, dright

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from zoo.ops.kernels.primitives import add_product, dot
 from zoo.ops.softmax_attention.kernels.tiles import strides, tiles_of
-from zoo.ops.synthetic_attention.kernels.operands import Operands, fresh_like, table_sizes
-from zoo.ops.synthetic_attention.kernels.spans import load_rows, outer_logits_by_key, span
+from zoo.ops.synthetic_attention.kernels.operands import Operands, Stats, fresh_like, table_sizes
+from zoo.ops.synthetic_attention.kernels.spans import load_rows, normalised, outer_logits_by_key, span
 
 
 @triton.jit
 def _synthetic_bwd_keys(
     v_ptr, q_ptr, k_ptr, table_ptr, left_ptr, right_ptr,  # as in the forward
-    dy_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,  # dy like y, delta like lse; gradients contiguous
+    dy_ptr, lse_ptr, delta_ptr, share_ptr, dk_ptr, dv_ptr,  # dy like y, delta and share like lse; gradients contiguous
     spans_ptr, tiles_ptr,  # [S,5] [2,M]
     S, M, table_rows, table_columns,
     v_stride_b, v_stride_t, v_stride_h, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
@@ -23,8 +23,8 @@ def _synthetic_bwd_keys(
     table_stride_h, table_stride_i, dy_stride_b, dy_stride_t, dy_stride_h, lse_stride_b, lse_stride_h,
     rows_per_batch, H, CAUSAL: tl.constexpr,
     HAS_INNER: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_OUTER: tl.constexpr,
-    N: tl.constexpr, P: tl.constexpr, A: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, A: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program owns the gradients of BLOCK_K keys and values of one head of one sequence."""
@@ -35,7 +35,7 @@ def _synthetic_bwd_keys(
     j = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     in_k = j < k_length
     col = k_first + j
-    p, n, a, c = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
+    p, n, a, c = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_C)
     v = load_rows(v_ptr + s * v_stride_b + head * v_stride_h, col, v_stride_t, p, P, in_k)
     dv = tl.zeros([BLOCK_K, BLOCK_P], tl.float32)
     dv_lost = dv
@@ -65,8 +65,8 @@ def _synthetic_bwd_keys(
             logits = dot(k, tl.trans(q))
         if HAS_OUTER:
             left = load_rows(left_at, row, left_stride_t, a, A, in_q)
-            right = load_rows(right_at, row, right_stride_t, c, COLUMNS, in_q)
-            of_left, of_right = outer_logits_by_key(left, right, j, COLUMNS, BLOCK_A, BLOCK_B)
+            right = load_rows(right_at, row, right_stride_t, c, C, in_q)
+            of_left, of_right = outer_logits_by_key(left, right, j, COLUMNS, BLOCK_A, BLOCK_C)
             logits += of_left * of_right
         if HAS_TABLE:
             in_table = (position >= 0) & (position < table_rows)
@@ -76,7 +76,8 @@ def _synthetic_bwd_keys(
         dy = load_rows(dy_at, row, dy_stride_t, p, P, in_q)
         lse = tl.load(lse_ptr + stat_at + row, mask=in_q, other=float("inf"))
         delta = tl.load(delta_ptr + stat_at + row, mask=in_q, other=0.0)
-        weights = tl.exp(tl.where(sees, logits, float("-inf")) - lse[None, :])  # [BLOCK_K, BLOCK_Q]
+        logits = tl.where(sees, logits, float("-inf"))  # [BLOCK_K, BLOCK_Q]
+        weights = normalised(logits, lse, share_ptr, stat_at + row, in_q, 1)
         dv, dv_lost = add_product(dv, dv_lost, weights.to(dy.dtype), dy)
         if HAS_INNER:
             ds = weights * (dot(v, tl.trans(dy)) - delta[None, :])
@@ -90,17 +91,17 @@ def _synthetic_bwd_keys(
 
 
 def backward_keys(
-    given: Operands, dy: Tensor, lse: Tensor, delta: Tensor, spans: Tensor, causal: bool, packed: bool
+    given: Operands, dy: Tensor, stats: Stats, spans: Tensor, causal: bool, packed: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v, contiguous; lse and delta float32 [B,H,Tq], contiguous."""
+    """Gradients of k and v, contiguous, as wide as they are in `given`."""
     batch, keys, heads, _ = given.v.shape
     dk, dv = fresh_like(given.k, given.v), fresh_like(given.v, given.v)
     block, warps = given.blocks()
     tiles, programs = tiles_of(spans[:, 3], batch * keys, block)
     _synthetic_bwd_keys[(programs, heads)](
-        *given.pointers(), dy, lse, delta, dk, dv,
+        *given.pointers(), dy, *stats, dk, dv,
         spans, tiles, spans.shape[0], programs, *table_sizes(given.table),
-        *given.all_strides(packed), *strides(dy, packed), 0 if packed else lse.stride(0), lse.stride(1),
+        *given.all_strides(packed), *strides(dy, packed), *stats.strides(packed),
         0 if packed else keys, heads,
         CAUSAL=causal, **given.sizes(), BLOCK_Q=block, BLOCK_K=block, num_warps=warps, num_stages=2,
     )  # fmt: skip

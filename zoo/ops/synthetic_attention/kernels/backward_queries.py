@@ -1,7 +1,9 @@
 """Backward of synthetic attention for what belongs to queries: delta, q, left and right.
 
-delta_i = sum_j w_ij dw_ij is a sum over outputs too, and half precision takes it from there. In float32 it is computed
-from w and dw themselves, since only then do dw and delta cancel to the last bit where a query sees few keys.
+delta_i = sum_j w_ij dw_ij is a sum over outputs too, and half precision takes it from there. In float32 it is the mean
+of dw under the weights that the tiles of ds have: only then do dw and delta cancel at queries that see few keys. An
+error that all weights have in common, from the rounding of the log-sum-exp, would else leave its product with delta
+in ds, however small ds is. The sum that makes it a mean also normalises the weights.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from torch import Tensor
 
 from zoo.ops.kernels.primitives import add_product, dot
 from zoo.ops.softmax_attention.kernels.tiles import strides, tiles_of
-from zoo.ops.synthetic_attention.kernels.operands import Operands, fresh_like, table_sizes
-from zoo.ops.synthetic_attention.kernels.spans import load_rows, outer_logits, picks, span
+from zoo.ops.synthetic_attention.kernels.operands import Operands, Stats, fresh_like, table_sizes
+from zoo.ops.synthetic_attention.kernels.spans import exponentials, load_rows, normalised, outer_logits, picks, span
 
 
 @triton.jit
 def _synthetic_bwd_queries(
     v_ptr, q_ptr, k_ptr, table_ptr, left_ptr, right_ptr,  # as in the forward
-    dy_ptr, lse_ptr, delta_ptr, dq_ptr, dleft_ptr, dright_ptr,  # dy like y, delta like lse; gradients contiguous
+    dy_ptr, lse_ptr, delta_ptr, share_ptr, dq_ptr, dleft_ptr, dright_ptr,  # dy like y, delta and share like lse
     spans_ptr, tiles_ptr,  # [S,5] [2,M]
     S, M, table_rows, table_columns,
     v_stride_b, v_stride_t, v_stride_h, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
@@ -28,11 +30,11 @@ def _synthetic_bwd_queries(
     table_stride_h, table_stride_i, dy_stride_b, dy_stride_t, dy_stride_h, lse_stride_b, lse_stride_h,
     rows_per_batch, H, CAUSAL: tl.constexpr, DELTA_ONLY: tl.constexpr,
     HAS_INNER: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_OUTER: tl.constexpr,
-    N: tl.constexpr, P: tl.constexpr, A: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, A: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program owns the gradients of BLOCK_Q queries of one head of one sequence, or their delta alone."""
+    """One program owns the gradients of BLOCK_Q queries of one head of one sequence, or their delta and share alone."""
     head = tl.program_id(1).to(tl.int64)
     s = tl.load(tiles_ptr + tl.program_id(0))
     tile = tl.load(tiles_ptr + M + tl.program_id(0))
@@ -40,22 +42,23 @@ def _synthetic_bwd_queries(
     i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     in_q = i < q_length
     row, position = q_first + i, i + offset
-    p, n, a, c = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
+    p, n, a, c = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_C)
     if HAS_INNER:
         q = load_rows(q_ptr + s * q_stride_b + head * q_stride_h, row, q_stride_t, n, N, in_q)
         dq = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
         dq_lost = dq
     if HAS_OUTER:
         left = load_rows(left_ptr + s * left_stride_b + head * left_stride_h, row, left_stride_t, a, A, in_q)
-        right = load_rows(right_ptr + s * right_stride_b + head * right_stride_h, row, right_stride_t, c, COLUMNS, in_q)
+        right = load_rows(right_ptr + s * right_stride_b + head * right_stride_h, row, right_stride_t, c, C, in_q)
         dleft = tl.zeros([BLOCK_Q, BLOCK_A], tl.float32)
-        dright = tl.zeros([BLOCK_Q, BLOCK_B], tl.float32)
+        dright = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
         dleft_lost, dright_lost = dleft, dright
     dy = load_rows(dy_ptr + s * dy_stride_b + head * dy_stride_h, row, dy_stride_t, p, P, in_q)
     stat_at = s * lse_stride_b + head * lse_stride_h + row
     lse = tl.load(lse_ptr + stat_at, mask=in_q, other=float("inf"))
     if DELTA_ONLY:
-        delta = tl.zeros([BLOCK_Q], tl.float32)
+        sums = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)  # of each lane, so that few terms follow on each other
+        products = sums
     else:
         delta = tl.load(delta_ptr + stat_at, mask=in_q, other=0.0)
     k_stop = k_length
@@ -77,17 +80,20 @@ def _synthetic_bwd_queries(
             k = load_rows(k_at, col, k_stride_t, n, N, in_k)
             logits = dot(q, tl.trans(k))
         if HAS_OUTER:
-            of_left, of_right = outer_logits(left, right, j, COLUMNS, BLOCK_A, BLOCK_B)
+            of_left, of_right = outer_logits(left, right, j, COLUMNS, BLOCK_A, BLOCK_C)
             logits += of_left * of_right
         if HAS_TABLE:
             there = sees & in_table[:, None] & (j < table_columns)[None, :]
             logits += tl.load(table_at[:, None] + j[None, :], mask=there, other=0.0).to(tl.float32)
-        weights = tl.exp(tl.where(sees, logits, float("-inf")) - lse[:, None])  # [BLOCK_Q, BLOCK_K]
+        logits = tl.where(sees, logits, float("-inf"))  # [BLOCK_Q, BLOCK_K]
         v = tl.load(v_at + col[None, :] * v_stride_t + p[:, None], mask=in_k[None, :] & (p < P)[:, None], other=0.0)
         dw = dot(dy, v)
         if DELTA_ONLY:
-            delta += tl.sum(weights * dw, axis=1)
+            weights = exponentials(logits - lse[:, None], v_ptr)
+            sums += weights
+            products += weights * dw
         else:
+            weights = normalised(logits, lse, share_ptr, stat_at, in_q, 0)
             ds = weights * (dw - delta[:, None])
             if HAS_INNER:
                 dq, dq_lost = add_product(dq, dq_lost, ds.to(k.dtype), k)
@@ -98,43 +104,44 @@ def _synthetic_bwd_queries(
                 dright, dright_lost = add_product(dright, dright_lost, (ds * of_left).to(right.dtype), pick_right)
     line = (s * rows_per_batch + row) * H + head  # of the contiguous gradients
     if DELTA_ONLY:
-        tl.store(delta_ptr + stat_at, delta, mask=in_q)
+        total = tl.sum(sums, axis=1)
+        share = 1.0 / tl.where(total > 0.0, total, 1.0)
+        tl.store(delta_ptr + stat_at, tl.sum(products, axis=1) * share, mask=in_q)
+        tl.store(share_ptr + stat_at, share, mask=in_q)
     if HAS_INNER and not DELTA_ONLY:
         at = dq_ptr + line[:, None] * N + n[None, :]
         tl.store(at, dq.to(dq_ptr.dtype.element_ty), mask=in_q[:, None] & (n < N)[None, :])
     if HAS_OUTER and not DELTA_ONLY:
         at = dleft_ptr + line[:, None] * A + a[None, :]
         tl.store(at, dleft.to(dleft_ptr.dtype.element_ty), mask=in_q[:, None] & (a < A)[None, :])
-        at = dright_ptr + line[:, None] * COLUMNS + c[None, :]
-        tl.store(at, dright.to(dright_ptr.dtype.element_ty), mask=in_q[:, None] & (c < COLUMNS)[None, :])
+        at = dright_ptr + line[:, None] * C + c[None, :]
+        tl.store(at, dright.to(dright_ptr.dtype.element_ty), mask=in_q[:, None] & (c < C)[None, :])
 
 
-def row_deltas(
-    given: Operands, dy: Tensor, y: Tensor, lse: Tensor, spans: Tensor, causal: bool, packed: bool
-) -> Tensor:
-    """delta float32 [B,H,Tq], contiguous; lse likewise."""
+def row_stats(given: Operands, dy: Tensor, y: Tensor, lse: Tensor, spans: Tensor, causal: bool, packed: bool) -> Stats:
+    """What the weights and gradients of rows of logits are made of; lse float32 [B,H,Tq], contiguous."""
     if dy.dtype != torch.float32:
-        return (dy.to(torch.float32) * y.to(torch.float32)).sum(-1).transpose(1, 2).contiguous()
-    delta = torch.empty_like(lse)
-    _launch(given, dy, lse, delta, (lse, lse, lse), spans, causal, packed, delta_only=True)
-    return delta
+        delta = (dy.to(torch.float32) * y.to(torch.float32)).sum(-1).transpose(1, 2).contiguous()
+        return Stats(lse, delta, dy)
+    stats = Stats(lse, torch.empty_like(lse), torch.empty_like(lse))
+    _launch(given, dy, stats, (lse, lse, lse), spans, causal, packed, delta_only=True)
+    return stats
 
 
 def backward_queries(
-    given: Operands, dy: Tensor, lse: Tensor, delta: Tensor, spans: Tensor, causal: bool, packed: bool
+    given: Operands, dy: Tensor, stats: Stats, spans: Tensor, causal: bool, packed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, left and right, contiguous; lse and delta float32 [B,H,Tq], contiguous."""
+    """Gradients of q, left and right, contiguous, as wide as they are in `given`."""
     made = (fresh_like(given.q, given.v), fresh_like(given.left, given.v), fresh_like(given.right, given.v))
     if given.q is not None or given.left is not None:
-        _launch(given, dy, lse, delta, made, spans, causal, packed, delta_only=False)
+        _launch(given, dy, stats, made, spans, causal, packed, delta_only=False)
     return made
 
 
 def _launch(
     given: Operands,
     dy: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+    stats: Stats,
     made: tuple[Tensor, Tensor, Tensor],
     spans: Tensor,
     causal: bool,
@@ -146,9 +153,9 @@ def _launch(
     block, warps = given.blocks()
     tiles, programs = tiles_of(spans[:, 1], batch * queries, block)
     _synthetic_bwd_queries[(programs, heads)](
-        *given.pointers(), dy, lse, delta, *made,
+        *given.pointers(), dy, *stats, *made,
         spans, tiles, spans.shape[0], programs, *table_sizes(given.table),
-        *given.all_strides(packed), *strides(dy, packed), 0 if packed else lse.stride(0), lse.stride(1),
+        *given.all_strides(packed), *strides(dy, packed), *stats.strides(packed),
         0 if packed else queries, heads, CAUSAL=causal, DELTA_ONLY=delta_only,
         **given.sizes(), BLOCK_Q=block, BLOCK_K=block, num_warps=warps, num_stages=2,
     )  # fmt: skip

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import dot
+from zoo.ops.kernels.widths import cut_width
 from zoo.ops.softmax_attention.kernels.tiles import strides, tiles_of
 from zoo.ops.synthetic_attention.kernels.operands import operands, table_sizes
-from zoo.ops.synthetic_attention.kernels.spans import load_rows, outer_logits, span
+from zoo.ops.synthetic_attention.kernels.spans import exponentials, load_rows, outer_logits, span
 
 
 @triton.jit
@@ -24,8 +25,8 @@ def _synthetic_fwd(
     table_stride_h, table_stride_i, y_stride_b, y_stride_t, y_stride_h, lse_stride_b, lse_stride_h,
     CAUSAL: tl.constexpr,
     HAS_INNER: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_OUTER: tl.constexpr,
-    N: tl.constexpr, P: tl.constexpr, A: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, A: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_Q queries of one head of one sequence."""
@@ -40,9 +41,9 @@ def _synthetic_fwd(
     if HAS_INNER:
         q = load_rows(q_ptr + s * q_stride_b + head * q_stride_h, row, q_stride_t, n, N, in_q)
     if HAS_OUTER:
-        a, c = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
+        a, c = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_C)
         left = load_rows(left_ptr + s * left_stride_b + head * left_stride_h, row, left_stride_t, a, A, in_q)
-        right = load_rows(right_ptr + s * right_stride_b + head * right_stride_h, row, right_stride_t, c, COLUMNS, in_q)
+        right = load_rows(right_ptr + s * right_stride_b + head * right_stride_h, row, right_stride_t, c, C, in_q)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)  # running maximum
     total = tl.zeros([BLOCK_Q], tl.float32)
     y = tl.zeros([BLOCK_Q, BLOCK_P], tl.float32)
@@ -65,7 +66,7 @@ def _synthetic_fwd(
             k = tl.load(k_at + col[None, :] * k_stride_t + n[:, None], mask=in_k[None, :] & (n < N)[:, None], other=0.0)
             logits = dot(q, k)
         if HAS_OUTER:
-            of_left, of_right = outer_logits(left, right, j, COLUMNS, BLOCK_A, BLOCK_B)
+            of_left, of_right = outer_logits(left, right, j, COLUMNS, BLOCK_A, BLOCK_C)
             logits += of_left * of_right
         if HAS_TABLE:
             there = sees & in_table[:, None] & (j < table_columns)[None, :]
@@ -73,8 +74,8 @@ def _synthetic_fwd(
         logits = tl.where(sees, logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         level = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp(logits - level[:, None])
-        shrink = tl.exp(top - level)
+        weights = exponentials(logits - level[:, None], v_ptr)
+        shrink = exponentials(top - level, v_ptr)
         total = total * shrink + tl.sum(weights, axis=1)
         v = load_rows(v_at, col, v_stride_t, p, P, in_k)
         y = dot(weights.to(v.dtype), v, y * shrink[:, None])
@@ -102,7 +103,7 @@ def synthetic_forward(
 ) -> tuple[Tensor, Tensor]:
     """y [B,Tq,H,P] and the log-sum-exp float32 [B,H,Tq]; see `triton_path` for the arguments."""
     given = operands(v, q, k, table, left, right)
-    batch, _, heads, width = v.shape
+    batch, _, heads, width = given.v.shape
     y = torch.empty((batch, queries, heads, width), dtype=v.dtype, device=v.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=v.device)
     block, warps = given.blocks()
@@ -112,4 +113,4 @@ def synthetic_forward(
         *given.all_strides(packed), *strides(y, packed), 0 if packed else lse.stride(0), lse.stride(1),
         CAUSAL=causal, **given.sizes(), BLOCK_Q=block, BLOCK_K=block, num_warps=warps, num_stages=2,
     )  # fmt: skip
-    return y, lse
+    return cut_width(y, v.shape[3]), lse

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous, strides, widths
+from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous, strides, wide_rows, widths
 
 
 class Operands(NamedTuple):
-    """Tensors with a contiguous last axis. Absent ones are None."""
+    """Tensors with a contiguous last axis, of whole widths in half precision. Absent ones are None."""
 
     v: Tensor
     q: Tensor | None
@@ -19,10 +19,12 @@ class Operands(NamedTuple):
     table: Tensor | None
     left: Tensor | None
     right: Tensor | None
+    columns: int  # b, columns of `right` that have a meaning; 1 if it is absent
 
     def pointers(self) -> tuple[Tensor, ...]:
         """v, q, k, table, left, right; v in place of an absent one, which is never looked at."""
-        return tuple(self.v if tensor is None else tensor for tensor in self)
+        each = (self.v, self.q, self.k, self.table, self.left, self.right)
+        return tuple(self.v if tensor is None else tensor for tensor in each)
 
     def all_strides(self, packed: bool) -> tuple[int, ...]:
         """Batch, token and head strides of v, q, k, left, right; then head and row strides of the table."""
@@ -34,11 +36,11 @@ class Operands(NamedTuple):
     def sizes(self) -> dict[str, Any]:
         """The constants of a kernel: which parts are there, and how wide they are."""
         width = lambda tensor: 1 if tensor is None else tensor.shape[-1]
-        n, p, a, b = width(self.q), width(self.v), width(self.left), width(self.right)
+        n, p, a, c = width(self.q), width(self.v), width(self.left), width(self.right)
         return {
             "HAS_INNER": self.q is not None, "HAS_TABLE": self.table is not None, "HAS_OUTER": self.left is not None,
-            "N": n, "P": p, "A": a, "COLUMNS": b,
-            "BLOCK_N": widths(n), "BLOCK_P": widths(p), "BLOCK_A": widths(a), "BLOCK_B": widths(b),
+            "N": n, "P": p, "A": a, "C": c, "COLUMNS": self.columns,
+            "BLOCK_N": widths(n), "BLOCK_P": widths(p), "BLOCK_A": widths(a), "BLOCK_C": widths(c),
         }  # fmt: skip
 
     def blocks(self) -> tuple[int, int]:
@@ -51,11 +53,30 @@ class Operands(NamedTuple):
         return (64, 8) if widest <= 128 else (32, 8)
 
 
-def operands(*tensors: Tensor | None) -> Operands:
-    """v, q, k, table, left, right with a contiguous last axis."""
-    v, *parts = (None if tensor is None else rows_contiguous(tensor) for tensor in tensors)
-    assert v is not None
-    return Operands(v, *parts)
+class Stats(NamedTuple):
+    """What the backward knows of each query: float32 [B,H,Tq], contiguous.
+
+    lse: log-sum-exp of its logits. delta: mean of dy v^T under its weights. share: 1 over the sum of the weights that
+    lse gives; for half precision, which does without, any tensor of that dtype.
+    """
+
+    lse: Tensor
+    delta: Tensor
+    share: Tensor
+
+    def strides(self, packed: bool) -> tuple[int, int]:
+        """Batch and head strides of each."""
+        return 0 if packed else self.lse.stride(0), self.lse.stride(1)
+
+
+def operands(
+    v: Tensor, q: Tensor | None, k: Tensor | None, table: Tensor | None, left: Tensor | None, right: Tensor | None
+) -> Operands:
+    """The operands as the kernels take them; all but the table are operands of matrix products."""
+    columns = 1 if right is None else right.shape[-1]
+    q, k, left, right = (None if part is None else wide_rows(part) for part in (q, k, left, right))
+    table = None if table is None else rows_contiguous(table)
+    return Operands(wide_rows(v), q, k, table, left, right, columns)
 
 
 def table_sizes(table: Tensor | None) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.ops.kernels.primitives import dot
+from zoo.ops.kernels.primitives import dot, exp
 
 
 @triton.jit
@@ -28,25 +28,48 @@ def load_rows(at, row, stride_t, lanes, WIDTH: tl.constexpr, in_rows):
 
 
 @triton.jit
+def exponentials(x, v_ptr):
+    """e^x, in the kernels of float32 without the rounding of x log2(e)."""
+    if v_ptr.dtype.element_ty == tl.float32:
+        made = exp(x)
+    else:
+        made = tl.exp(x)
+    return made
+
+
+@triton.jit
+def normalised(logits, lse, share_ptr, at, in_rows, ALONG: tl.constexpr):
+    """Softmax weights of a tile of logits, -inf where hidden, of which queries lie along axis ALONG; lse is theirs.
+
+    The rounding of the log-sum-exp is an error that all weights of a query have in common. In float32 it goes out
+    again: share is 1 over the sum of the weights that have it.
+    """
+    weights = exponentials(logits - tl.expand_dims(lse, 1 - ALONG), share_ptr)
+    if share_ptr.dtype.element_ty == tl.float32:
+        weights *= tl.expand_dims(tl.load(share_ptr + at, mask=in_rows, other=0.0), 1 - ALONG)
+    return weights
+
+
+@triton.jit
 def picks(chosen, like):
     """1 where a condition holds and 0 elsewhere, in the dtype of `like`."""
     return tl.where(chosen, 1.0, 0.0).to(like.dtype)
 
 
 @triton.jit
-def outer_logits(left, right, j, COLUMNS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):
+def outer_logits(left, right, j, COLUMNS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr):
     """left[:, j // COLUMNS] and right[:, j % COLUMNS] of queries: [queries, keys] each, exact, float32.
 
     A product with a matrix of zeros and ones picks the columns, on tensor cores in half precision.
     """
     pick_left = picks(tl.arange(0, BLOCK_A)[:, None] == (j // COLUMNS)[None, :], left)
-    pick_right = picks(tl.arange(0, BLOCK_B)[:, None] == (j % COLUMNS)[None, :], right)
+    pick_right = picks(tl.arange(0, BLOCK_C)[:, None] == (j % COLUMNS)[None, :], right)
     return dot(left, pick_left), dot(right, pick_right)
 
 
 @triton.jit
-def outer_logits_by_key(left, right, j, COLUMNS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):
+def outer_logits_by_key(left, right, j, COLUMNS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr):
     """The same with keys as rows: [keys, queries] each."""
     pick_left = picks((j // COLUMNS)[:, None] == tl.arange(0, BLOCK_A)[None, :], left)
-    pick_right = picks((j % COLUMNS)[:, None] == tl.arange(0, BLOCK_B)[None, :], right)
+    pick_right = picks((j % COLUMNS)[:, None] == tl.arange(0, BLOCK_C)[None, :], right)
     return dot(pick_left, tl.trans(left)), dot(pick_right, tl.trans(right))
