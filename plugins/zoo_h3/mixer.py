@@ -7,10 +7,13 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from zoo.ops.in_place import kernel_steps, steps_in_place
+from zoo.ops.lti.system import factored_step, step_factors
 from zoo.ops.lti_attention import flops as plain_flops
 from zoo.ops.lti_attention import kernel_flops, lti_attention
 from zoo.ops.lti_attention.factors import kernel_taps, times, toeplitz
-from zoo.ops.short_convolution import short_convolution
+from zoo.ops.lti_attention.step import lti_attention_step
+from zoo.ops.short_convolution.step import convolve_next
 
 from sequence_mixer import Cost, MatrixForm, SequenceMixer, State
 from sequence_mixer.mixer import Factors
@@ -72,7 +75,10 @@ class H3Mixer(SequenceMixer):
         donate: bool,
     ) -> tuple[Tensor, H3State]:
         """See `SequenceMixer.mix`."""
-        q, k, v, shift = self._inputs(x, None if state is None else state.shift, cu_seqlens)
+        q, k, v, shift = self._inputs(x, None if state is None else state.shift, cu_seqlens, donate)
+        if state is not None and self._steps(state, v, cu_seqlens, donate):
+            mixed = self._step(q.squeeze(1), k.squeeze(1), v.squeeze(1), state.ssm)
+            return self.out_proj(mixed.flatten(1).unsqueeze(1)), H3State(state.shift.copy_(shift), state.ssm)
         log_a, c = self.modes()
         y, ssm = lti_attention(
             q,
@@ -89,6 +95,26 @@ class H3Mixer(SequenceMixer):
         if donate and state is not None and not torch.is_grad_enabled():
             after = H3State(state.shift.copy_(shift), state.ssm.copy_(ssm))
         return self.out_proj(y.flatten(2)), after
+
+    def _steps(self, state: H3State, v: Tensor, cu_seqlens: Tensor | None, donate: bool) -> bool:
+        """Whether the state is overwritten by the operator itself; its kernel has heads of one channel."""
+        served = self.config.head_dim == 1 or self.backend != "triton"
+        return served and steps_in_place(
+            "lti_attention_step", self.backend, state.ssm, v, donate=donate, cu_seqlens=cu_seqlens
+        )
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, ssm: Tensor) -> Tensor:
+        """y [B,H,P] of one token's q, k, v [B,H,P]; ssm [B,H,M,2,P,P] is overwritten."""
+        config = self.config
+        facts = {"P": config.head_dim, "modes": config.modes}
+        if not kernel_steps("lti_attention_step", self.backend, v, facts):
+            log_a, c = self.modes()
+            return lti_attention_step(q, k, v, log_a, c, ssm, D=self.D, backend=self.backend)
+        transforms = ("exp", config.real_transform, "none")
+        factors = step_factors(self.log_dt, self.A_real, self.A_imag, self.B, self.C, *transforms, 1, config.disc, None)
+        values, keys, queries = (part.squeeze(2) for part in (v, k, q))
+        y: Tensor = factored_step(values, keys, queries, *factors, self.D, ssm[..., 0, 0])
+        return y.unsqueeze(2)
 
     def empty_state(self, batch_size: int, capacity: int | None, device: torch.device, dtype: torch.dtype) -> H3State:
         """Zeros. The state does not grow, so `capacity` needs no room."""
@@ -154,17 +180,19 @@ class H3Mixer(SequenceMixer):
         return log_a, times(weight, factor)
 
     def _inputs(
-        self, x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None
+        self, x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None, donate: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k after the shift SSM, v [B,T,H,P], and the last keys before it [B,D,W-1]."""
         q, k, v = self.in_proj(x).chunk(3, dim=-1)
         inner = accumulation_dtype(k.dtype)
         taps = shift_taps(self.shift_B.to(inner), self.shift_C.to(inner), self.shift_D.to(inner))
-        shifted, shift = short_convolution(
+        shifted, shift = convolve_next(
             k,
             taps.flip(1),
-            initial_state=past,
+            None,
+            past,
             cu_seqlens=cu_seqlens,
+            donate=donate,
             backend=SHIFT_BACKENDS.get(self.backend, self.backend),
         )
         heads = (self.config.heads, self.config.head_dim)

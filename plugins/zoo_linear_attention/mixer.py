@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from zoo.ops.in_place import steps_in_place
 from zoo.ops.linear_attention import flops as linear_attention_flops
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.linear_attention.feature_map import features
+from zoo.ops.linear_attention.step import linear_attention_step
 
 from sequence_mixer import Capabilities, Cost, MatrixForm, SequenceMixer, State
 from sequence_mixer.mixer import Factors
@@ -56,6 +58,25 @@ class LinearAttentionMixer(SequenceMixer):
             x = torch.where(padding_mask.unsqueeze(-1), x, 0)
         q, k, v = self._project(x)
         config = self.config
+        if (
+            state is not None
+            and padding_mask is None
+            and steps_in_place(
+                "linear_attention_step", self.backend, state.sums, v, donate=donate, cu_seqlens=cu_seqlens
+            )
+        ):
+            token = linear_attention_step(
+                q.squeeze(1),
+                k.squeeze(1),
+                v.squeeze(1),
+                state.sums,
+                feature_map=config.feature_map,
+                normalize=config.normalize,
+                eps=config.eps,
+                scale=config.scale,
+                backend=self.backend,
+            )
+            return self.out_proj(token.flatten(1).unsqueeze(1)), state
         mixed, sums = linear_attention(
             q,
             k,
@@ -70,6 +91,8 @@ class LinearAttentionMixer(SequenceMixer):
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
+        if donate and state is not None and not torch.is_grad_enabled():
+            sums = state.sums.copy_(sums)
         y = self.out_proj(mixed.flatten(2))
         if padding_mask is not None:
             y = torch.where(padding_mask.unsqueeze(-1), y, 0)

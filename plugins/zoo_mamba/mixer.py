@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from zoo.ops.in_place import steps_in_place
 from zoo.ops.selective_scan import flops as scan_flops
 from zoo.ops.selective_scan import mixing_matrix, selective_scan
+from zoo.ops.selective_scan.step import selective_scan_step
 from zoo.ops.short_convolution import flops as convolution_flops
-from zoo.ops.short_convolution import short_convolution
+from zoo.ops.short_convolution.step import convolve_next
 from zoo.ops.ssd import time_step
 
 from sequence_mixer import Cost, MatrixForm, SequenceMixer, State
@@ -77,7 +79,25 @@ class MambaMixer(SequenceMixer):
     ) -> tuple[Tensor, MambaState]:
         """See `SequenceMixer.mix`."""
         inputs, z = self.in_proj(x).chunk(2, dim=-1)
-        selected, conv = self._select(inputs, None if state is None else state.conv, cu_seqlens)
+        selected, conv = self._select(inputs, None if state is None else state.conv, cu_seqlens, donate)
+        if state is not None and steps_in_place(
+            "selective_scan_step", self.backend, state.ssm, selected.x, donate=donate, cu_seqlens=cu_seqlens
+        ):
+            values, dt, keys, queries = (part.squeeze(1) for part in selected)
+            step = selective_scan_step(
+                values,
+                dt,
+                self._rates(x.dtype),
+                keys,
+                queries,
+                state.ssm,
+                D=self.D,
+                z=z.squeeze(1),
+                dt_bias=self.dt_proj.bias,
+                dt_softplus=True,
+                backend=self.backend,
+            )
+            return self.out_proj(step.unsqueeze(1)), MambaState(state.conv.copy_(conv), state.ssm)
         y, ssm = selective_scan(
             *selected[:2],
             self._rates(x.dtype),
@@ -155,15 +175,18 @@ class MambaMixer(SequenceMixer):
         """A = -exp(A_log) [E,N] in the accumulation dtype of activations in `dtype`."""
         return -self.A_log.to(accumulation_dtype(dtype)).exp()
 
-    def _select(self, inputs: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> tuple[_Selected, Tensor]:
+    def _select(
+        self, inputs: Tensor, past: Tensor | None, cu_seqlens: Tensor | None, donate: bool = False
+    ) -> tuple[_Selected, Tensor]:
         """What the scan takes, from the projected inputs [B,T,E], and the convolution's state [B,E,W-1]."""
-        x, conv = short_convolution(
+        x, conv = convolve_next(
             inputs,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
+            past,
             activation="silu",
-            initial_state=past,
             cu_seqlens=cu_seqlens,
+            donate=donate,
             backend=self.backend,
         )
         config = self.config

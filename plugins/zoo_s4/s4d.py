@@ -9,8 +9,11 @@ import math
 
 import torch
 from torch import Tensor, nn
+from zoo.ops.in_place import kernel_steps, steps_in_place
 from zoo.ops.lti import flops as lti_flops
 from zoo.ops.lti import lti_scan
+from zoo.ops.lti.step import lti_scan_step
+from zoo.ops.lti.system import factored_step, step_factors
 from zoo.ops.lti.vandermonde import lti_kernel
 
 from sequence_mixer import Cost, State
@@ -68,6 +71,8 @@ class S4dMixer(StateSpaceLayer):
         config = self.config
         if self.backend == "fft" and state is None:  # as one convolution, which serves packed rows and needs no state
             return self._finish(self._convolve(x, cu_seqlens, "fft")), None
+        if state is not None and self._steps(state, x, cu_seqlens, donate):
+            return self._finish(self._step(x.squeeze(1), state.ssm).unsqueeze(1)), state
         log_a, c = self._modes()
         readouts = c.unflatten(0, (-1, config.channels)).flatten(1, 2)  # [1 or 2, channels D, N/2, 2]
         y, final = lti_scan(
@@ -87,6 +92,27 @@ class S4dMixer(StateSpaceLayer):
         if donate and state is not None and not torch.is_grad_enabled():
             ssm = state.ssm.copy_(ssm)
         return self._finish(y), S4dState(ssm)
+
+    def _steps(self, state: S4dState, x: Tensor, cu_seqlens: Tensor | None, donate: bool) -> bool:
+        """Whether the state is overwritten by the operator itself: one readout, and complex modes as it keeps them."""
+        plain = self.config.causal and self.config.channels == 1 and not self.config.real
+        return plain and steps_in_place(
+            "lti_scan_step", self.backend, state.ssm, x, donate=donate, cu_seqlens=cu_seqlens
+        )
+
+    def _step(self, x: Tensor, ssm: Tensor) -> Tensor:
+        """y [B,D] of one token x [B,D]; ssm [B,D,N/2,2] is overwritten."""
+        config, skip = self.config, self.D.flatten()
+        if not kernel_steps("lti_scan_step", self.backend, x, {"modes": config.pairs}):
+            log_a, c = self._modes()
+            return lti_scan_step(x, log_a, c[0], ssm, D=skip, backend=self.backend)
+        B = self.B[0] if config.use_b else None
+        transforms = (config.dt_transform, config.real_transform, config.imag_transform)
+        factors = step_factors(
+            self.inv_dt, self.A_real, self.A_imag, B, self.C[0], *transforms, -1, config.disc, config.bandlimit
+        )
+        y: Tensor = factored_step(x, None, None, *factors, skip, ssm)
+        return y
 
     def empty_state(self, batch_size: int, capacity: int | None, device: torch.device, dtype: torch.dtype) -> S4dState:
         """Zeros. The state does not grow, so `capacity` needs no room."""

@@ -12,12 +12,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from zoo.ops.in_place import steps_in_place
 from zoo.ops.norm import flops as norm_flops
 from zoo.ops.norm import gated_rms_norm
 from zoo.ops.short_convolution import flops as convolution_flops
-from zoo.ops.short_convolution import short_convolution
+from zoo.ops.short_convolution.step import convolve_next
 from zoo.ops.ssd import flops as ssd_flops
 from zoo.ops.ssd import ssd
+from zoo.ops.ssd.step import ssd_step
 from zoo.ops.ssd.time_step import time_step
 
 from sequence_mixer import Cost, MatrixForm, SequenceMixer, State
@@ -91,14 +93,33 @@ class SsdMixer(SequenceMixer):
     ) -> tuple[Tensor, SsdState]:
         """See `SequenceMixer.mix`."""
         gates, xBC, dt = self._project(x)
-        values, B, C, conv = self._convolve(xBC, None if state is None else state.conv, cu_seqlens)
+        values, B, C, conv = self._convolve(xBC, None if state is None else state.conv, cu_seqlens, donate)
+        rates = -self.A_log.to(accumulation_dtype(x.dtype)).exp()
+        skip = self.D.unflatten(0, (-1, self.config.head_dim)) if self.config.d_has_head_dim else self.D
+        if state is not None and steps_in_place(
+            "ssd_step", self.backend, state.ssm, values, donate=donate, cu_seqlens=cu_seqlens
+        ):
+            y = ssd_step(
+                values.squeeze(1),
+                dt.squeeze(1),
+                rates,
+                B.squeeze(1),
+                C.squeeze(1),
+                state.ssm,
+                D=skip,
+                dt_bias=self.dt_bias,
+                dt_softplus=True,
+                dt_limit=self.config.dt_limit,
+                backend=self.backend,
+            )
+            return self._finish(y.flatten(1).unsqueeze(1), gates), SsdState(state.conv.copy_(conv), state.ssm)
         y, ssm = ssd(
             values,
             dt,
-            -self.A_log.to(accumulation_dtype(x.dtype)).exp(),
+            rates,
             B,
             C,
-            D=self.D.unflatten(0, (-1, self.config.head_dim)) if self.config.d_has_head_dim else self.D,
+            D=skip,
             dt_bias=self.dt_bias,
             dt_softplus=True,
             dt_limit=self.config.dt_limit,
@@ -186,16 +207,17 @@ class SsdMixer(SequenceMixer):
         return _Gates(z, mlp_gate, mlp_value), xBC, dt
 
     def _convolve(
-        self, xBC: Tensor, past: Tensor | None, cu_seqlens: Tensor | None
+        self, xBC: Tensor, past: Tensor | None, cu_seqlens: Tensor | None, donate: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Values [B,T,H,P], B and C [B,T,G,N] after convolution and SiLU, and the convolution's state."""
-        convolved, conv = short_convolution(
+        convolved, conv = convolve_next(
             xBC,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
+            past,
             activation="silu",
-            initial_state=past,
             cu_seqlens=cu_seqlens,
+            donate=donate,
             backend=self.backend,
         )
         config = self.config
