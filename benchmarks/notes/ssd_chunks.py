@@ -26,8 +26,8 @@ def variants():
         yield "VALUES", {"HEADS": heads, "num_warps": warps, "num_stages": stages}
     for heads, warps, stages in ((16, 4, 3), (16, 4, 2), (64, 4, 3), (32, 4, 4), (16, 8, 3)):
         yield "PAIRS", {"HEADS": heads, "num_warps": warps, "num_stages": stages}
-    for heads, warps, stages in ((64, 8, 3), (64, 8, 2), (32, 8, 3), (16, 8, 3)):
-        yield "KEYS", {"HEADS": heads, "num_warps": warps, "num_stages": stages}
+    for n, heads, warps, stages in ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 3), (64, 64, 4, 2), (64, 16, 4, 3)):
+        yield "KEYS", {"BLOCK_N": n, "HEADS": heads, "num_warps": warps, "num_stages": stages}
     for n, p, warps, stages in ((128, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3)):
         yield "SWEEP", {"BLOCK_N": n, "BLOCK_P": p, "num_warps": warps, "num_stages": stages}
     for rows, heads, warps, stages in ((128, 16, 8, 3), (64, 16, 4, 2), (128, 64, 8, 3)):

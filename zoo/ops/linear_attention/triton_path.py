@@ -1,4 +1,4 @@
-"""Causal linear attention by the Triton kernels of the semiseparable scan; feature map and division in PyTorch."""
+"""Causal linear attention by Triton kernels: the walk in half precision without decay, else the semiseparable scan."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zoo.ops.linear_attention.feature_map import features, for_every_head, key_features
 from zoo.ops.linear_attention.normaliser import finish
+from zoo.ops.linear_attention.walk_path import walk, walks
 from zoo.ops.semiseparable.triton_path import refuses as scan_refuses
 from zoo.ops.semiseparable.triton_path import semiseparable_triton
 
@@ -34,7 +35,32 @@ def linear_attention_triton(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `linear_attention`.
+    """Shapes as in `linear_attention`. Features are rounded to the dtype of v once."""
+    if not walks(v, log_decay, normalize):
+        return _by_scans(
+            q, k, v, log_decay, feature_map, normalize, eps, scale, padding_mask, initial_state, cu_seqlens
+        )
+    if feature_map == "identity":  # padded slots hold 0 already
+        return walk(q, k, v, initial_state, cu_seqlens, normalize, eps, scale)
+    phi_q = features(q, feature_map).to(v.dtype)
+    phi_k = key_features(k, feature_map, k.shape[2], padding_mask).to(v.dtype)
+    return walk(phi_q, phi_k, v, initial_state, cu_seqlens, normalize, eps, scale)
+
+
+def _by_scans(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    feature_map: str,
+    normalize: bool,
+    eps: float,
+    scale: float,
+    padding_mask: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Feature map and division in PyTorch around the semiseparable scan, which serves every dtype and decays.
 
     Features are rounded to the dtype of v once, so that numerator and denominator weigh by the same numbers. The
     denominator is a scan of its own in float32. Numerators, which grow with T, are float32 for float16 inputs: their

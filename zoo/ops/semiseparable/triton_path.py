@@ -15,9 +15,8 @@ from zoo.ops.semiseparable.recurrence import one_token
 
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 WIDEST = 256
-BFLOAT16_WIDTHS = (
-    16  # N has to be a multiple: Triton 3.6 miscompiles other widths for Hopper (wrong sums, stray accesses)
-)
+HALF = (torch.bfloat16, torch.float16)
+HALF_WIDTHS = 16  # N and P are multiples: Triton 3.6 miscompiles other widths for Hopper (wrong sums, stray accesses)
 
 
 def refuses(*, N: int, P: int, **other: object) -> str | None:
@@ -45,14 +44,19 @@ def semiseparable_triton(
         sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
         empty = v.new_zeros(sequences, heads, channels, q.shape[-1], dtype=torch.float32)
         return v.clone(), empty if initial_state is None else initial_state.clone()
-    missing = -q.shape[3] % BFLOAT16_WIDTHS if v.dtype == torch.bfloat16 else 0
-    if missing:
-        wider = None if initial_state is None else F.pad(initial_state, (0, missing))
-        wide_q, wide_k = F.pad(q, (0, missing)), F.pad(k, (0, missing))
-        y, final_state = semiseparable_forward(wide_q, wide_k, v, log_decay, scale, wider, cu_seqlens)
-        return y, final_state[..., : q.shape[3]]
-    y, final_state = semiseparable_forward(q, k, v, log_decay, scale, initial_state, cu_seqlens)
-    return y, final_state
+    more_n, more_p = missing_widths(v.dtype, q.shape[3], channels)
+    if not more_n and not more_p:
+        y, final_state = semiseparable_forward(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+        return y, final_state
+    wider = None if initial_state is None else F.pad(initial_state, (0, more_n, 0, more_p))
+    wide_q, wide_k, wide_v = F.pad(q, (0, more_n)), F.pad(k, (0, more_n)), F.pad(v, (0, more_p))
+    y, final_state = semiseparable_forward(wide_q, wide_k, wide_v, log_decay, scale, wider, cu_seqlens)
+    return y[..., :channels], final_state[:, :, :channels, : q.shape[3]]
+
+
+def missing_widths(dtype: torch.dtype, N: int, P: int) -> tuple[int, int]:
+    """Zeros that have to be added to the widths N and P for the kernels."""
+    return (-N % HALF_WIDTHS, -P % HALF_WIDTHS) if dtype in HALF else (0, 0)
 
 
 @torch.library.custom_op("zoo::semiseparable", mutates_args=())
@@ -66,6 +70,10 @@ def semiseparable_forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y [B,T,H,P] in the dtype of v, final state [S,H,P,N] in float32."""
+    if v.dtype in HALF:
+        from zoo.ops.semiseparable.kernels import walk_scan
+
+        return walk_scan.forward(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     from zoo.ops.semiseparable.kernels import launch
 
     return launch.forward(q, k, v, log_decay, scale, initial_state, cu_seqlens)

@@ -19,8 +19,9 @@ from zoo.ops.semiseparable.cost import flops
 from zoo.ops.semiseparable.triton_path import KERNEL_DTYPES, refuses
 from zoo.ops.ssd.quadratic import mixing_matrix, ssd_quadratic
 from zoo.ops.ssd.reference import ssd_reference
-from zoo.ops.ssd.scan import ssd_chunked, ssd_triton
+from zoo.ops.ssd.scan import ssd_chunked
 from zoo.ops.ssd.time_step import time_step
+from zoo.ops.ssd.triton_path import ssd_triton
 
 __all__ = ["flops", "mixing_matrix", "ssd", "ssd_quadratic", "time_step"]
 

@@ -1,4 +1,4 @@
-"""Fast paths of SSD: the semiseparable scan with values dt x and log decays dt A, and the skip D x."""
+"""SSD in plain PyTorch: the semiseparable scan with values dt x and log decays dt A, and the skip D x."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from torch import Tensor
 
 from sequence_mixer.shapes import accumulation_dtype
 from zoo.ops.semiseparable.chunked import scan
-from zoo.ops.semiseparable.triton_path import semiseparable_triton
 from zoo.ops.ssd.time_step import time_step
 
 
@@ -26,25 +25,6 @@ def ssd_chunked(
     """Plain PyTorch; shapes as in `ssd`. y is rounded to the dtype of x once, after the skip."""
     step, log_decay = discretise(x, dt, A, dt_bias, dt_softplus, dt_limit)
     y, final_state = scan(C, B, x, log_decay, step, initial_state, cu_seqlens)
-    return add_skip(y, x, D), final_state
-
-
-def ssd_triton(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Triton kernels for the scan, PyTorch around it; shapes as in `ssd`."""
-    step, log_decay = discretise(x, dt, A, dt_bias, dt_softplus, dt_limit)
-    y, final_state = semiseparable_triton(C, B, x, log_decay, step, initial_state, cu_seqlens)
     return add_skip(y, x, D), final_state
 
 

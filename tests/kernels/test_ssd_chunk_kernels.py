@@ -1,0 +1,69 @@
+"""SSD from states at the borders of its chunks, forward and backward, against the float64 definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ssd_cases import check_ssd, run_ssd, ssd_inputs
+
+pytest.importorskip("triton")
+
+from zoo.ops.ssd.kernels.chunks import chunks_of
+
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: too large for the interpreter")
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 128, 129, 300])
+def test_chunks_of_packed_rows_cover_every_token_once(tokens: int) -> None:
+    ends = torch.tensor([0, 0, tokens // 3, tokens // 3, tokens, tokens], dtype=torch.int32)
+    chunks = chunks_of(torch.empty(1, tokens, 1), ends, 64)
+    covered = [token for first, live in chunks.table.tolist() for token in range(first, first + live)]
+    assert sorted(covered) == list(range(tokens))
+    owned = [range(a, b) for a, b in zip(chunks.first.tolist(), chunks.first.tolist()[1:], strict=False)]
+    for (start, end), own in zip(zip(ends.tolist(), ends.tolist()[1:], strict=False), owned, strict=True):
+        inside = [token for c in own for token in range(chunks.table[c, 0], chunks.table[c].sum())]
+        assert inside == list(range(start, end))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_sums_over_parts_of_a_group_are_within_budget(
+    device: str, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zoo.ops.ssd.kernels import launch
+
+    monkeypatch.setattr(launch, "PAIRS", launch.PAIRS | {"HEADS": 1})
+    monkeypatch.setattr(launch, "KEYS", launch.KEYS | {"HEADS": 2})
+    check_ssd(ssd_inputs(device, 70, torch.bfloat16, heads=4, groups=groups))
+
+
+def test_time_steps_of_nan_stay_nan(device: str) -> None:
+    given = ssd_inputs(device, 40, torch.bfloat16)
+    given["dt"][0, 20] = torch.nan
+    y = run_ssd(given, "triton", dt_softplus=True)["y"]
+    assert not y[:, :20].isnan().any()
+    assert y[:, 20:].isnan().all()
+
+
+def test_views_of_a_wider_projection_are_served_without_a_copy_of_their_values(device: str) -> None:
+    given = ssd_inputs(device, 70, torch.bfloat16, batch=2, heads=2, groups=1)
+    wide = torch.cat([given[name].flatten(2) for name in ("x", "B", "C", "dt")], -1)
+    parts = wide.split([given[name].flatten(2).shape[2] for name in ("x", "B", "C", "dt")], -1)
+    views = {n: part.view(given[n].shape) for n, part in zip(("x", "B", "C", "dt"), parts, strict=True)}
+    for name, value in run_ssd(given | views, "triton").items():
+        assert torch.equal(value, run_ssd(given, "triton")[name]), name
+
+
+@ON_GPU
+@pytest.mark.parametrize(
+    ("width", "channels"), [(16, 64), (32, 32), (64, 128), (128, 64), (128, 128), (128, 16), (64, 64)]
+)
+def test_every_width_is_within_budget_on_a_gpu(width: int, channels: int) -> None:
+    given = ssd_inputs("cuda", 700, torch.bfloat16, batch=2, heads=64, groups=2, width=width, channels=channels)
+    check_ssd(given)
+
+
+@ON_GPU
+def test_few_long_packed_sequences_are_within_budget_on_a_gpu() -> None:
+    given = ssd_inputs("cuda", 3000, torch.bfloat16, heads=16, groups=1, width=128, channels=64, sequences=4)
+    check_ssd(given, [0, 1000, 1000, 1001, 3000])

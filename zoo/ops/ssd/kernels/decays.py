@@ -1,0 +1,82 @@
+"""Gradients of the time steps, of A, of their bias and of the skip, from sums that the other kernels leave."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zoo.ops.ssd.kernels.chunks import LEAST, LOG2E, Chunks, place_of, time_steps, token_rows
+
+
+@triton.jit(do_not_specialize=["T", "PER_SEQUENCE"])
+def decays_kernel(
+    dt_ptr, bias_ptr, A_ptr, row_ptr, col_ptr, kept_ptr, read_ptr, skip_ptr, flow_ptr, ddt_ptr, sums_ptr, table_ptr,
+    T, PER_SEQUENCE, COUNT, stride, low, high,
+    H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr,
+    Q: tl.constexpr, SUB: tl.constexpr, BLOCK_H: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One chunk of BLOCK_H heads: ddt [B,T,H] of the raw dt; sums [3,count,H]: of dA, of d dt_bias, of dD.
+
+    The gradient of the log decay of token t counts the pairs i >= t > j. In the chunk: sums of rows i >= t less sums of
+    columns j >= t. From before it into it: read. From it to behind it: kept of j < t. Over it: flow. Nothing cancels
+    beyond a chunk.
+    """
+    chunk = tl.program_id(0)
+    first, live = place_of(chunk, table_ptr, T, PER_SEQUENCE, Q, PACKED)
+    i = tl.arange(0, Q)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    wanted = (i < live)[:, None] & (h < H)[None, :]
+    at = (h[None, :].to(tl.int64) * COUNT + chunk) * Q + i[:, None]
+    raw = tl.load(dt_ptr + (first + i)[:, None] * stride + h[None, :], mask=wanted, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+    reached, step = time_steps(raw, HAS_SOFTPLUS, low, high)
+    rate = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+    row = tl.load(row_ptr + at, mask=wanted, other=0.0)
+    col = tl.load(col_ptr + at, mask=wanted, other=0.0)
+    if Q > SUB:
+        plane = tl.full([1], H, tl.int64) * COUNT * Q
+        row += tl.load(row_ptr + plane + at, mask=wanted & (i >= SUB)[:, None], other=0.0)
+        col += tl.load(col_ptr + plane + at, mask=wanted & (i < SUB)[:, None], other=0.0)
+    row += tl.load(read_ptr + at, mask=wanted, other=0.0)
+    kept = tl.load(kept_ptr + at, mask=wanted, other=0.0)
+    dstep = col + kept
+    kept = tl.where(wanted, kept * step, 0.0)
+    change = tl.cumsum(row - col * step, axis=0, reverse=True) + (tl.cumsum(kept, axis=0) - kept)
+    change += tl.load(flow_ptr + h.to(tl.int64) * COUNT + chunk, mask=h < H, other=0.0)[None, :]
+    felt = wanted & (step * rate[None, :] * LOG2E > LEAST)
+    change = tl.where(felt, change, 0.0)
+    dstep += change * rate[None, :]
+    if HAS_SOFTPLUS:
+        dstep *= 1.0 / (1.0 + tl.exp(-raw))
+    ddt = tl.where(wanted & (reached >= low) & (reached <= high), dstep, 0.0)
+    out = (first + i)[:, None] * H + h[None, :]
+    tl.store(ddt_ptr + out, ddt.to(ddt_ptr.dtype.element_ty), mask=wanted)
+    place = chunk.to(tl.int64) * H + h
+    size = tl.full([1], COUNT, tl.int64) * H
+    tl.store(sums_ptr + place, tl.sum(tl.where(felt, change * step, 0.0), 0), mask=h < H)
+    tl.store(sums_ptr + size + place, tl.sum(ddt, 0), mask=h < H)
+    if HAS_D:
+        skip = tl.load(skip_ptr + at, mask=wanted, other=0.0)
+        tl.store(sums_ptr + 2 * size + place, tl.sum(skip, 0), mask=h < H)
+
+
+def decays(
+    chunks: Chunks, dt: Tensor, A: Tensor, bias: Tensor | None, has_softplus: bool, limits: tuple[float, float],
+    row: Tensor, col: Tensor, kept: Tensor, read: Tensor, skip: Tensor | None, flow: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """ddt [B,T,H] in the dtype of dt; float32 [3,H]: dA, the gradient of the bias, dD (0 without skip)."""
+    heads = dt.shape[2]
+    ddt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
+    sums = torch.zeros(3, chunks.count, heads, dtype=torch.float32, device=dt.device)
+    dt, stride = token_rows(dt)
+    block = min(8, triton.next_power_of_2(heads))
+    decays_kernel[(chunks.count, triton.cdiv(heads, block))](
+        dt, A if bias is None else bias, A, row, col, kept, read, kept if skip is None else skip, flow, ddt, sums,
+        chunks.table, chunks.tokens, chunks.per_sequence, chunks.count, stride, *limits,
+        H=heads, HAS_BIAS=bias is not None, HAS_SOFTPLUS=has_softplus, HAS_D=skip is not None,
+        Q=chunks.size, SUB=chunks.size // row.shape[0], BLOCK_H=block, PACKED=chunks.packed, num_warps=4,
+    )  # fmt: skip
+    return ddt, sums.sum(1)

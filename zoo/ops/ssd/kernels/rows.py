@@ -1,0 +1,130 @@
+"""Outputs, or gradients of the values, of all tokens of a chunk at once from the states at its borders."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zoo.ops.kernels.primitives import dot
+from zoo.ops.ssd.kernels.chunks import Chunks, place_of, tile, token_rows
+
+
+@triton.jit(do_not_specialize=["T", "PER_SEQUENCE"])
+def outputs_kernel(
+    x_ptr, B_ptr, C_ptr, s_ptr, r_ptr, S_ptr, D_ptr, y_ptr, table_ptr,
+    T, PER_SEQUENCE, COUNT, x_stride, B_stride, C_stride,
+    H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, BLOCK_Q: tl.constexpr,
+    HEADS: tl.constexpr, HAS_D: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """y of BLOCK_Q rows of one chunk for HEADS heads of one group.
+
+    y_i = 2^s_i S^T C_i + sum_{j<=i} 2^(s_i-r_j) <C_i,B_j> x_j + D x_i. C B^T is made once for all heads.
+    """
+    parts: tl.constexpr = (H // HEADS) * (Q // BLOCK_Q)
+    chunk = tl.program_id(0) // parts
+    h0 = tl.program_id(0) % parts // (Q // BLOCK_Q) * HEADS
+    i = tl.program_id(0) % (Q // BLOCK_Q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    j = tl.arange(0, Q)
+    first, live = place_of(chunk, table_ptr, T, PER_SEQUENCE, Q, PACKED)
+    C = tile(C_ptr, first, live, C_stride, h0 // (H // G) * N, i, N)
+    B = tile(B_ptr, first, live, B_stride, h0 // (H // G) * N, j, N)
+    scores = dot(C, tl.trans(B))
+    seen = i[:, None] >= j[None, :]
+    n = tl.arange(0, N)
+    p = tl.arange(0, P)
+    for k in range(0, HEADS):
+        h = h0 + k
+        x = tile(x_ptr, first, live, x_stride, h * P, j, P)
+        S = tl.load(S_ptr + ((chunk.to(tl.int64) * H + h) * N + n[:, None]) * P + p[None, :])
+        sums = (h.to(tl.int64) * COUNT + chunk) * Q
+        s = tl.load(s_ptr + sums + i)
+        r = tl.load(r_ptr + sums + j)
+        y = dot(C, S) * tl.exp2(s)[:, None]
+        w = tl.exp2(tl.where(seen, s[:, None] - r[None, :], float("-inf"))) * scores
+        if HAS_D:  # the skip rides on the diagonal
+            w += tl.where(i[:, None] == j[None, :], tl.load(D_ptr + h), 0.0)
+        y = dot(w.to(x.dtype), x, y)
+        at = ((first + i[:, None]) * H + h) * P + p[None, :]
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(i < live)[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "PER_SEQUENCE"])
+def values_kernel(
+    dy_ptr, B_ptr, C_ptr, s_ptr, r_ptr, R_ptr, D_ptr, dx_ptr, table_ptr,
+    T, PER_SEQUENCE, COUNT, dy_stride, B_stride, C_stride,
+    H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, BLOCK_Q: tl.constexpr,
+    HEADS: tl.constexpr, HAS_D: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """dx of BLOCK_Q rows of one chunk for HEADS heads of one group.
+
+    dx_j = dt_j (2^(e-s_j) R^T B_j + sum_{i>=j} 2^(s_i-s_j) <C_i,B_j> dy_i) + D dy_j. B C^T is made once for all heads.
+    """
+    parts: tl.constexpr = (H // HEADS) * (Q // BLOCK_Q)
+    chunk = tl.program_id(0) // parts
+    h0 = tl.program_id(0) % parts // (Q // BLOCK_Q) * HEADS
+    j = tl.program_id(0) % (Q // BLOCK_Q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    i = tl.arange(0, Q)
+    first, live = place_of(chunk, table_ptr, T, PER_SEQUENCE, Q, PACKED)
+    B = tile(B_ptr, first, live, B_stride, h0 // (H // G) * N, j, N)
+    C = tile(C_ptr, first, live, C_stride, h0 // (H // G) * N, i, N)
+    scores = dot(B, tl.trans(C))
+    seen = j[:, None] <= i[None, :]
+    n = tl.arange(0, N)
+    p = tl.arange(0, P)
+    for k in range(0, HEADS):
+        h = h0 + k
+        dy = tile(dy_ptr, first, live, dy_stride, h * P, i, P)
+        R = tl.load(R_ptr + ((chunk.to(tl.int64) * H + h) * N + n[:, None]) * P + p[None, :])
+        sums = (h.to(tl.int64) * COUNT + chunk) * Q
+        r = tl.load(r_ptr + sums + j)
+        s = tl.load(s_ptr + sums + i)
+        last = tl.load(s_ptr + sums + Q - 1)
+        dx = dot(B, R) * tl.exp2(last - r)[:, None]
+        w = tl.exp2(tl.where(seen, s[None, :] - r[:, None], float("-inf"))) * scores
+        if HAS_D:  # the skip rides on the diagonal
+            w += tl.where(j[:, None] == i[None, :], tl.load(D_ptr + h), 0.0)
+        dx = dot(w.to(dy.dtype), dy, dx)
+        at = ((first + j[:, None]) * H + h) * P + p[None, :]
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=(j < live)[:, None])
+
+
+def outputs(
+    chunks: Chunks, x: Tensor, B: Tensor, C: Tensor, s: Tensor, r: Tensor, S: Tensor, D: Tensor | None,
+    options: dict[str, int],
+) -> Tensor:  # fmt: skip
+    """y [B,T,H,P], contiguous. D: float32 [H]."""
+    (heads, channels), (groups, modes) = x.shape[2:], B.shape[2:]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (x, x_stride), (B, B_stride), (C, C_stride) = token_rows(x), token_rows(B), token_rows(C)
+    share, block = math.gcd(options["HEADS"], heads // groups), min(options["BLOCK_Q"], chunks.size)
+    outputs_kernel[(chunks.count * (heads // share) * (chunks.size // block),)](
+        x, B, C, s, r, S, s if D is None else D, y, chunks.table,
+        chunks.tokens, chunks.per_sequence, chunks.count, x_stride, B_stride, C_stride,
+        H=heads, G=groups, N=modes, P=channels, Q=chunks.size, BLOCK_Q=block, HEADS=share,
+        HAS_D=D is not None, PACKED=chunks.packed,
+        num_warps=options["num_warps"], num_stages=options["num_stages"],
+    )  # fmt: skip
+    return y
+
+
+def values(
+    chunks: Chunks, dy: Tensor, B: Tensor, C: Tensor, s: Tensor, r: Tensor, R: Tensor, D: Tensor | None,
+    options: dict[str, int],
+) -> Tensor:  # fmt: skip
+    """dx [B,T,H,P], contiguous. D: float32 [H]."""
+    (heads, channels), (groups, modes) = dy.shape[2:], B.shape[2:]
+    dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    (dy, dy_stride), (B, B_stride), (C, C_stride) = token_rows(dy), token_rows(B), token_rows(C)
+    share, block = math.gcd(options["HEADS"], heads // groups), min(options["BLOCK_Q"], chunks.size)
+    values_kernel[(chunks.count * (heads // share) * (chunks.size // block),)](
+        dy, B, C, s, r, R, s if D is None else D, dx, chunks.table,
+        chunks.tokens, chunks.per_sequence, chunks.count, dy_stride, B_stride, C_stride,
+        H=heads, G=groups, N=modes, P=channels, Q=chunks.size, BLOCK_Q=block, HEADS=share,
+        HAS_D=D is not None, PACKED=chunks.packed,
+        num_warps=options["num_warps"], num_stages=options["num_stages"],
+    )  # fmt: skip
+    return dx
