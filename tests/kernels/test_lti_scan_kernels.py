@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from zoo.ops import lti_scan
-from zoo.ops.lti import flops, triton_path
+from zoo.ops.lti import flops, triton_path, vandermonde
 
 from sequence_mixer.conformance.budget import judge
 from sequence_mixer.errors import BackendError
@@ -246,6 +246,38 @@ def test_the_flop_counter_sees_the_operators(device: str) -> None:
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() > flops(2, 70, 2, 4)
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize(("channels", "modes", "length"), [(2, 33, 256), (3, 4, 300), (1, 2, 1)])
+def test_kernels_of_systems_and_moments_meet_float64(
+    device: str, monkeypatch: pytest.MonkeyPatch, channels: int, modes: int, length: int, sequences: int
+) -> None:
+    monkeypatch.setattr(vandermonde, "_by_kernels", lambda tensor, dtype: dtype == torch.float32)
+    monkeypatch.setattr(vandermonde, "TABLE_ELEMENTS", 2000)  # more than one block of channels
+    given = inputs(device, 1, 1, channels, modes)
+    log_a, c = given["log_a"], torch.randn(sequences, channels, modes, 2, device=device)
+    dk = torch.randn(sequences, channels, length, device=device)
+    outcomes = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [part.to(dtype).requires_grad_() for part in (log_a, c)]
+        kernel = vandermonde.lti_kernel(*leaves, length)
+        moments = vandermonde.lti_moments(leaves[0], dk.to(dtype))
+        outcomes.append([kernel, moments, *torch.autograd.grad(kernel, leaves, dk.to(dtype))])
+    for value, exact in zip(*outcomes, strict=True):
+        assert value.dtype == torch.float32
+        assert (value - exact).norm() <= 1e-6 * exact.norm()
+
+
+def test_phases_of_many_turns_are_exact(device: str) -> None:
+    from zoo.ops.lti.kernels.levels import level
+
+    log_a = torch.tensor([[[0.0, 3.0], [-1e-6, 1e-3], [0.0, -31.7]]], dtype=torch.float64, device=device)
+    table = level(log_a, None, 40, 1031)[0, 0]
+    angle = log_a[0, :, 1:] * torch.arange(40, device=device) * 1031
+    size = (log_a[0, :, :1] * torch.arange(40, device=device) * 1031).exp()
+    exact = torch.cat([size * angle.cos(), size * angle.sin()])
+    torch.testing.assert_close(table, exact.float(), rtol=0, atol=1e-7)
 
 
 def test_what_the_kernels_do_not_serve_is_refused_in_words(device: str) -> None:

@@ -10,6 +10,7 @@ times while nothing but log_a and the weights is kept for it.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
@@ -95,6 +96,15 @@ def _blocks(modes: int, sequences: int, length: int) -> int:
     return max(1, TABLE_ELEMENTS // max(1, modes * sum(_levels(length)) * sequences))
 
 
+def _spans(channels: int, step: int) -> list[slice]:
+    return [slice(first, first + step) for first in range(0, channels, step)]
+
+
+def _by_kernels(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether Triton kernels make the tables, in one pass instead of a dozen."""
+    return tensor.is_cuda and dtype == torch.float32 and importlib.util.find_spec("triton") is not None
+
+
 @torch.library.custom_op("zoo::lti_kernel", mutates_args=())
 def _kernel(log_a: Tensor, c: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """log_a [D,M,2], c [S,D,M,2] -> [S,D,length]."""
@@ -104,8 +114,14 @@ def _kernel(log_a: Tensor, c: Tensor, length: int, dtype: torch.dtype) -> Tensor
         return out.zero_()
     step = _blocks(modes, sequences, length)
     with torch.autocast(c.device.type, enabled=False):
-        for first in range(0, channels, step):
-            span = slice(first, first + step)
+        if _by_kernels(c, dtype):
+            from zoo.ops.lti.kernels.levels import kernel_block
+
+            log_a, c = log_a.contiguous(), c.contiguous()
+            for span in _spans(channels, 2 * step):
+                kernel_block(log_a[span], c[:, span], out[:, span], *_levels(length))
+            return out
+        for span in _spans(channels, step):
             hi, lo = _tables(log_a[span], length)
             weight = (2.0 * c[:, span].double()).unsqueeze(-1)  # [S,d,M,2,1]
             re, im = times((weight[..., 0, :], weight[..., 1, :]), hi)
@@ -131,8 +147,14 @@ def _moments(log_a: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     coarse, fine = _levels(length)
     step = _blocks(modes, sequences, length)
     with torch.autocast(weights.device.type, enabled=False):
-        for first in range(0, channels, step):
-            span = slice(first, first + step)
+        if _by_kernels(weights, dtype):
+            from zoo.ops.lti.kernels.levels import moment_block
+
+            log_a, wide = log_a.contiguous(), F.pad(weights.float(), (0, coarse * fine - length))
+            for span in _spans(channels, 2 * step):
+                moment_block(log_a[span], wide[:, span].unflatten(-1, (coarse, fine)), out[:, span])
+            return out
+        for span in _spans(channels, step):
             hi, lo = _tables(log_a[span], length)
             tiles = F.pad(weights[:, span].to(dtype), (0, coarse * fine - length)).unflatten(-1, (coarse, fine))
             inner = (tiles @ torch.cat(lo, 1).to(dtype).mT).mT  # [S,d,2M,Q]
@@ -154,13 +176,19 @@ def _save_kernel(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate_kernel(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     log_a, c = ctx.saved_tensors
     dlog_a = dc = None
-    if ctx.needs_input_grad[1]:
-        re, im = torch.ops.zoo.lti_moments(log_a, grad, ctx.dtype).unbind(-1)
-        dc = (2.0 * torch.stack([re, -im], -1)).to(c.dtype)
-    if ctx.needs_input_grad[0]:
+    plain, sloped = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
+    if not (plain or sloped):
+        return None, None, None, None
+    weights = [grad] if plain else []
+    if sloped:
         lags = torch.arange(ctx.length, device=grad.device, dtype=grad.dtype)
-        moments = torch.ops.zoo.lti_moments(log_a, grad * lags, ctx.dtype)
-        re, im = times((c[..., 0], c[..., 1]), (moments[..., 0], moments[..., 1]))
+        weights.append(grad * lags)
+    moments = torch.ops.zoo.lti_moments(log_a, torch.cat(weights), ctx.dtype)
+    if plain:
+        re, im = moments[: len(grad)].unbind(-1)
+        dc = (2.0 * torch.stack([re, -im], -1)).to(c.dtype)
+    if sloped:
+        re, im = times((c[..., 0], c[..., 1]), (moments[-len(grad) :, ..., 0], moments[-len(grad) :, ..., 1]))
         dlog_a = (2.0 * torch.stack([re, -im], -1)).sum(0).to(log_a.dtype)
     return dlog_a, dc, None, None
 

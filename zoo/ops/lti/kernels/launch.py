@@ -19,12 +19,14 @@ from zoo.ops.long_convolution.kernels.gates import time_first, time_last
 from zoo.ops.lti.kernels.gradients import shared_gradient_kernel
 from zoo.ops.lti.kernels.mixing import mix_kernel
 from zoo.ops.lti.kernels.states import added_kernel, carry_kernel
-from zoo.ops.lti.kernels.tables import table_kernel
-from zoo.ops.lti.modes import times
+from zoo.ops.lti.kernels.tables import mode_gradient_kernel, table_kernel
 from zoo.ops.semiseparable.kernels.launch import OPERANDS, on_device
 
 SEGMENTS = (64, 1024)  # tokens of a row, at least and at most
 CARRIED = 256  # modes of a program that walks over the rows of a sequence
+STAGES = 3  # of the loop over chunks
+TABLE_WARPS = 8
+FINE = 8  # powers of a mode multiplied with each coarse one
 WARPS = 8  # with 4, tiles of 64 by 64 spill registers on Hopper
 
 
@@ -32,29 +34,29 @@ WARPS = 8  # with 4, tiles of 64 by 64 spill registers on Hopper
 class Rows:
     """How tokens lie in rows of at most `segment`, each in one sequence.
 
+    count: rows; sequences: S. tokens: of each sequence, which says all where none is packed; there the rest is None.
     start: int64 [rows], first token of a row, counted over the flattened batch; length: int32 [rows].
-    first, count, tail: of each sequence its first row (int64 [S]), its rows and the tokens of the last (int32 [S]).
+    first, each, tail: of each sequence its first row (int64 [S]), its rows and the tokens of the last (int32 [S]).
     """
 
     segment: int
-    start: Tensor
-    length: Tensor
-    first: Tensor
-    count: Tensor
-    tail: Tensor
+    count: int
+    sequences: int
+    tokens: int
+    start: Tensor | None = None
+    length: Tensor | None = None
+    first: Tensor | None = None
+    each: Tensor | None = None
+    tail: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What a channel's chunks share. powers: [D,2,M,K+1]; taps: [D,K]; step: [D,4,M]; weights: c [D,M,2], float32.
-
-    log_a, c: [D,M,2] in float64.
-    """
+    """What a channel's chunks share. powers: [D,2,K+1,M]; taps: [D,K]; step: [D,4,M], float32. log_a, c: [D,M,2]."""
 
     powers: Tensor
     taps: Tensor
     step: Tensor
-    weights: Tensor
     log_a: Tensor
     c: Tensor
 
@@ -83,13 +85,7 @@ def rows_of(x: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Rows:
     batch, tokens, device = x.shape[0], x.shape[1], x.device
     segment = segment_length(batch * tokens, chunk)
     if cu_seqlens is None:
-        per = triton.cdiv(tokens, segment)
-        begin = torch.arange(per, device=device) * segment
-        row = torch.arange(batch, device=device)
-        start = (row[:, None] * tokens + begin).flatten()
-        length = (tokens - begin).clamp(max=segment).to(torch.int32).repeat(batch)
-        count = torch.full((batch,), per, dtype=torch.int32, device=device)
-        return Rows(segment, start, length, row * per, count, torch.full_like(count, tokens - (per - 1) * segment))
+        return Rows(segment, batch * triton.cdiv(tokens, segment), batch, tokens)
     bounds = cu_seqlens.long()
     lengths = bounds.diff()
     first = bounds[:-1] // segment + torch.arange(lengths.numel(), device=device)
@@ -97,9 +93,19 @@ def rows_of(x: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Rows:
     owner = torch.searchsorted(first, slot, right=True) - 1
     start = bounds[owner] + (slot - first[owner]) * segment
     length = (bounds[owner + 1] - start).clamp(0, segment).to(torch.int32)
-    count = (lengths + segment - 1) // segment
-    tail = lengths - (count - 1).clamp(min=0) * segment
-    return Rows(segment, start, length, first, count.to(torch.int32), tail.to(torch.int32))
+    each = (lengths + segment - 1) // segment
+    tail = lengths - (each - 1).clamp(min=0) * segment
+    packed = (start, length, first, each.to(torch.int32), tail.to(torch.int32))
+    return Rows(segment, slot.numel(), lengths.numel(), tokens, *packed)
+
+
+@dataclass(frozen=True)
+class ModeGradients:
+    """Where gradients of log_a, c [D,M,2] and the skip [D] go, contiguous."""
+
+    log_a: Tensor
+    c: Tensor
+    skip: Tensor | None
 
 
 class Launch:
@@ -111,10 +117,13 @@ class Launch:
         block_m = max(16, triton.next_power_of_2(self.modes))
         chunk, self.row_tile = tile_sizes(x.dtype, block_m)
         self.rows = rows_of(x, cu_seqlens, chunk)
-        self.count = self.rows.start.numel()
+        self.device = x.device
+        self.count = self.rows.count
+        packed = cu_seqlens is not None
         self.blocks: dict[str, Any] = {
             "D": self.channels, "M": self.modes, "LAG": 0, "CHUNK": chunk, "ROWS": self.row_tile,
-            "BLOCK_M": block_m, "OPERAND": OPERANDS[x.dtype], "num_warps": WARPS, "num_stages": 2,
+            "BLOCK_M": block_m, "OPERAND": OPERANDS[x.dtype], "SEGMENT": self.rows.segment,
+            "PACKED": packed, "WHOLE": not packed and x.shape[1] % chunk == 0, "num_warps": WARPS, "num_stages": STAGES,
         }  # fmt: skip
         self.tables = self._tables(log_a, c, D)
 
@@ -127,21 +136,22 @@ class Launch:
 
     def _tables(self, log_a: Tensor, c: Tensor, D: Tensor | None) -> Tables:
         chunk, lag, block_m = (self.blocks[name] for name in ("CHUNK", "LAG", "BLOCK_M"))
-        log_a, c = log_a.double().contiguous(), c.double().contiguous()
-        skip = None if D is None else D.double().contiguous()
+        log_a, c = log_a.contiguous(), c.contiguous()
+        skip = None if D is None else D.contiguous()
         channels, modes = self.channels, self.modes
-        powers = self.scratch(channels, 2, modes, chunk + 1)
+        powers = self.scratch(channels, 2, chunk + 1, modes)
         taps, step = self.scratch(channels, chunk), self.scratch(channels, 4, modes)
         with on_device(log_a):
             table_kernel[(channels,)](
                 log_a, c, skip, powers, taps, step,
-                M=modes, LAG=lag, HAS_SKIP=D is not None, CHUNK=chunk, BLOCK_M=block_m, num_warps=WARPS,
+                M=modes, LAG=lag, HAS_SKIP=D is not None, CHUNK=chunk, FINE=FINE, BLOCK_M=block_m,
+                num_warps=TABLE_WARPS,
             )  # fmt: skip
-        return Tables(powers, taps, step, c.float(), log_a, c)
+        return Tables(powers, taps, step, log_a, c)
 
     def scratch(self, *shape: int) -> Tensor:
         """Uninitialised float32."""
-        return torch.empty(shape, dtype=torch.float32, device=self.rows.start.device)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     @property
     def grid(self) -> tuple[int]:
@@ -157,7 +167,7 @@ class Launch:
         Returns (states, their derivatives, last, its derivative).
         """
         per_row = (self.count, 2, self.channels, self.modes)
-        per_sequence = (self.rows.count.numel(), *per_row[1:])
+        per_sequence = (self.rows.sequences, *per_row[1:])
         added, states, last = self.scratch(*per_row), self.scratch(*per_row), self.scratch(*per_sequence)
         weights = self.scratch(*per_row) if weighted else self.scratch(0)
         slopes = self.scratch(*per_row) if weighted else self.scratch(0)
@@ -166,13 +176,14 @@ class Launch:
         total = self.channels * self.modes
         with on_device(x_t):
             added_kernel[self.grid](
-                x_t, tables.powers, tables.weights, tables.step, rows.start, rows.length, added, weights,
-                self.count, *x_t.stride(), REVERSE=reverse, WEIGHTED=weighted, **self.blocks,
+                x_t, tables.powers, tables.c, tables.step, rows.start, rows.length, added, weights,
+                self.count, rows.tokens, *x_t.stride(), REVERSE=reverse, WEIGHTED=weighted, **self.blocks,
             )  # fmt: skip
             carry_kernel[(per_sequence[0], triton.cdiv(total, CARRIED))](
-                added, weights, first, tables.log_a, rows.first, rows.count, rows.tail,
-                states, slopes, last, last_slope, total, rows.segment,
-                HAS_FIRST=first is not None, WEIGHTED=weighted, REVERSE=reverse, BLOCK=CARRIED, num_warps=4,
+                added, weights, first, tables.log_a, rows.first, rows.each, rows.tail,
+                states, slopes, last, last_slope, total, rows.segment, rows.tokens,
+                HAS_FIRST=first is not None, WEIGHTED=weighted, REVERSE=reverse,
+                PACKED=self.blocks["PACKED"], BLOCK=CARRIED, num_warps=4,
             )  # fmt: skip
         return states, slopes, last, last_slope
 
@@ -184,22 +195,27 @@ class Launch:
         reverse: bool,
         dtype: torch.dtype | None = None,
         onto: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
         """Outputs [D,BT] of tokens [D,BT], or gradients of tokens of gradients of outputs.
 
         dtype: of the result; None for that of x_t. onto: float32 [D,BT] to add the result to, in place, or None.
+        in_place: the result replaces x_t, each chunk of which is read by the program that then writes it.
         """
-        y_t = torch.empty_like(x_t, dtype=dtype) if onto is None else onto
+        y_t = onto
+        if y_t is None:
+            y_t = x_t if in_place else torch.empty_like(x_t, dtype=dtype)
         tables, rows = self.tables, self.rows
         with on_device(x_t):
             mix_kernel[self.grid](
-                x_t, tables.powers, tables.weights, tables.taps, tables.step, rows.start, rows.length, states, y_t,
-                self.count, *x_t.stride(), *y_t.stride(), REVERSE=reverse, ONTO=onto is not None, **self.blocks,
+                x_t, tables.powers, tables.c, tables.taps, tables.step, rows.start, rows.length, states, y_t,
+                self.count, rows.tokens, *x_t.stride(), *y_t.stride(), REVERSE=reverse,
+                ONTO=onto is not None, **self.blocks,
             )  # fmt: skip
         return y_t
 
     def shared_gradients(self, x_t: Tensor, dy_t: Tensor, states: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of the taps [D,K], and the sums [4,D,M] that those of c and log_a between chunks are made of."""
+        """Gradient of the taps [blocks,D,K], and the sums [blocks,4,D,M] for those of c and log_a between chunks."""
         blocks = triton.cdiv(self.count, self.row_tile)
         dtaps = self.scratch(blocks, self.channels, self.blocks["CHUNK"])
         sums = self.scratch(blocks, 4, self.channels, self.modes)
@@ -207,9 +223,32 @@ class Launch:
         with on_device(x_t):
             shared_gradient_kernel[self.grid](
                 x_t, dy_t, tables.powers, tables.step, rows.start, rows.length, states, slopes, dtaps, sums,
-                self.count, *x_t.stride(), *dy_t.stride(), **self.blocks,
+                self.count, rows.tokens, *x_t.stride(), *dy_t.stride(), **self.blocks,
             )  # fmt: skip
-        return dtaps.double().sum(0), sums.double().sum(0)
+        return dtaps, sums
+
+    def mode_gradients(
+        self,
+        made: tuple[Tensor, Tensor],
+        grads: ModeGradients,
+        last: tuple[Tensor, Tensor] | None,
+        other: Tensor | None,
+    ) -> None:
+        """Fill `grads` from the outcome of `shared_gradients`.
+
+        last: gradient of the last states and their derivatives in log_a [S,2,D,M], or None. other: float64 [D,M,2] to
+        be added to the gradient of log_a, or None.
+        """
+        dtaps, sums = made
+        dlast, slope = (None, None) if last is None else last
+        names = ("D", "M", "LAG", "CHUNK", "BLOCK_M")
+        with on_device(dtaps):
+            mode_gradient_kernel[(self.channels,)](
+                self.tables.log_a, self.tables.c, dtaps, sums, dlast, slope, other,
+                grads.log_a, grads.c, grads.skip, dtaps.shape[0], self.rows.sequences,
+                HAS_LAST=last is not None, HAS_OTHER=other is not None, HAS_SKIP=grads.skip is not None, FINE=FINE,
+                num_warps=TABLE_WARPS, **{name: self.blocks[name] for name in names},
+            )  # fmt: skip
 
 
 def planes(state: Tensor | None) -> Tensor | None:
@@ -236,11 +275,15 @@ def forward(
     launch = Launch(x, log_a, c, D, cu_seqlens)
     x_t = time_last(x, None, x.dtype).flatten(1)
     states, _, last, _ = launch.row_states(x_t, planes(initial_state), reverse=False, weighted=False)
-    y_t = launch.mix(x_t, states, reverse=False, dtype=None if c_reverse is None else torch.float32)
-    if c_reverse is not None:
+    if c_reverse is None:
+        y_t = launch.mix(x_t, states, reverse=False, in_place=True)
+    else:
+        y_t = launch.mix(x_t, states, reverse=False, dtype=torch.float32)
         ahead = launch.with_kernel(log_a, c_reverse, reverse_lag)
         coming, _, _, _ = ahead.row_states(x_t, None, reverse=True, weighted=False)
         ahead.mix(x_t, coming, reverse=True, onto=y_t)
+        del coming
+    del x_t, states
     return time_first(y_t.unflatten(1, x.shape[:2]), None, x.dtype)[0], pairs(last)
 
 
@@ -267,34 +310,25 @@ def backward(
     dx_t = launch.mix(dy_t, leaving, reverse=True, dtype=None if c_reverse is None else torch.float32)
     del leaving
     x_t = time_last(x, None, x.dtype).flatten(1)
-    dlog_a, dc_reverse = log_a.new_zeros((), dtype=torch.float64), x.new_empty(0)
+    other, dc_reverse = None, x.new_empty(0)
     if c_reverse is not None:
         ahead = launch.with_kernel(log_a, c_reverse, reverse_lag)
         states, slopes, _, _ = ahead.row_states(dy_t, None, reverse=False, weighted=True)
         ahead.mix(dy_t, states, reverse=False, onto=dx_t)
-        dtaps, sums = ahead.shared_gradients(dy_t, x_t, states, slopes)
-        dlog_a, dc = _mode_gradients(ahead, dtaps[:, reverse_lag:], sums)
-        dc_reverse = dc.to(c_reverse.dtype)
+        other = torch.empty(log_a.shape, dtype=torch.float64, device=x.device)
+        dc_reverse = torch.empty(c.shape, dtype=c_reverse.dtype, device=x.device)
+        made = ahead.shared_gradients(dy_t, x_t, states, slopes)
+        ahead.mode_gradients(made, ModeGradients(other, dc_reverse, None), None, None)
     dx = time_first(dx_t.unflatten(1, x.shape[:2]), None, x.dtype)[0]
     del dx_t
     states, slopes, _, last_slope = launch.row_states(x_t, planes(initial_state), reverse=False, weighted=True)
-    dtaps, sums = launch.shared_gradients(x_t, dy_t, states, slopes)
-    inside, dc = _mode_gradients(launch, dtaps, sums)
     assert dlast is not None
-    g_re, g_im, w_re, w_im = (part.double() for both in (dlast, last_slope) for part in both.unbind(1))
-    after = torch.stack([g_re * w_re + g_im * w_im, g_im * w_re - g_re * w_im], -1).sum(0)
-    dlog_a = (dlog_a + inside + after).to(log_a.dtype)
-    dskip = dtaps[:, 0].to(D.dtype) if D is not None else x.new_empty(0)
+    dlog_a, dc, dskip = (
+        torch.empty(part.shape if part is not None else 0, dtype=(x if part is None else part).dtype, device=x.device)
+        for part in (log_a, c, D)
+    )
+    made = launch.shared_gradients(x_t, dy_t, states, slopes)
+    grads = ModeGradients(dlog_a, dc, None if D is None else dskip)
+    launch.mode_gradients(made, grads, (dlast, last_slope), other)
     dinitial = pairs(dfirst).to(initial_state.dtype) if initial_state is not None else x.new_empty(0)
-    return dx, dlog_a, dc.to(c.dtype), dskip, dc_reverse, dinitial
-
-
-def _mode_gradients(launch: Launch, dkernel: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of log_a and c [D,M,2], float64, from that of a chunk's lags [D,K] and the sums between chunks."""
-    tables = launch.tables
-    lags = torch.arange(dkernel.shape[1], device=dkernel.device, dtype=torch.float64)
-    inside = torch.ops.zoo.lti_moments(tables.log_a, torch.stack([dkernel, dkernel * lags]), torch.float64)
-    seen_re, seen_im = inside[0, ..., 0] + sums[0], inside[0, ..., 1] + sums[1]
-    slope = (inside[1, ..., 0] + sums[2], inside[1, ..., 1] + sums[3])
-    slope_re, slope_im = times((tables.c[..., 0], tables.c[..., 1]), slope)
-    return 2.0 * torch.stack([slope_re, -slope_im], -1), 2.0 * torch.stack([seen_re, -seen_im], -1)
+    return dx, dlog_a, dc, dskip, dc_reverse, dinitial

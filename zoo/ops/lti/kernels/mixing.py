@@ -7,6 +7,7 @@ import triton.language as tl
 
 from zoo.ops.lti.kernels.pieces import (
     advance,
+    inside_rows,
     load_chunk,
     load_powers,
     load_states,
@@ -20,13 +21,14 @@ from zoo.ops.semiseparable.kernels.decay import product
 
 @triton.jit(do_not_specialize=["rows"])
 def mix_kernel(
-    x_ptr, power_ptr, c_ptr,  # [D,BT] by strides; [D,2,M,CHUNK+1] and [D,M,2] float32
+    x_ptr, power_ptr, c_ptr,  # [D,BT] by strides; [D,2,CHUNK+1,M] float32, and [D,M,2]
     taps_ptr, step_ptr,  # [D,CHUNK] and [D,4,M] float32
     start_ptr, length_ptr, states_ptr,  # int64 [rows], int32 [rows], [rows,2,D,M] float32
     y_ptr,  # [D,BT] by strides; ONTO: what is there already, float32, is added
-    rows, x_stride_d, x_stride_t, y_stride_d, y_stride_t,
+    rows, tokens, x_stride_d, x_stride_t, y_stride_d, y_stride_t,
     D: tl.constexpr, M: tl.constexpr, LAG: tl.constexpr, REVERSE: tl.constexpr, ONTO: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, OPERAND: tl.constexpr,
+    SEGMENT: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One program owns ROWS rows of one channel and walks over their chunks with the state in registers.
 
@@ -35,7 +37,9 @@ def mix_kernel(
     ends, the first of them may be short. That is also the kernel ahead, with x the tokens and an empty state after.
     """
     channel = (tl.program_id(0) % D).to(tl.int64)
-    row, start, length, longest = row_block(start_ptr, length_ptr, tl.program_id(0) // D, rows, ROWS)
+    row, start, length, longest = row_block(
+        start_ptr, length_ptr, tl.program_id(0) // D, rows, tokens, ROWS, CHUNK, SEGMENT, PACKED, WHOLE
+    )
     x_ptr += channel * x_stride_d
     y_ptr += channel * y_stride_d
     k = tl.arange(0, CHUNK)
@@ -58,15 +62,15 @@ def mix_kernel(
     chunks = ((longest + CHUNK - 1) // CHUNK).to(tl.int32)
     for chunk in range(0, chunks):
         if REVERSE:
-            t = (length - (chunk + 1) * CHUNK)[:, None] + k[None, :]
+            first = length - (chunk + 1) * CHUNK
         else:
-            t = (chunk * CHUNK + k)[None, :] + tl.zeros([ROWS, 1], tl.int32)
-        x = load_chunk(x_ptr, start, t, length, x_stride_t)  # [ROWS, CHUNK]
+            first = tl.zeros([ROWS], tl.int32) + chunk * CHUNK
+        x = load_chunk(x_ptr, start, first, length, x_stride_t, CHUNK, WHOLE)  # [ROWS, CHUNK]
         y = product(x, tile, OPERAND)
         y += product(s_re, out_re, OPERAND)
         y += product(s_im, out_im, OPERAND)
-        inside = (t >= 0) & (t < length[:, None])
-        at = y_ptr + (start[:, None] + t) * y_stride_t
+        inside = inside_rows(first, length, CHUNK, WHOLE)
+        at = y_ptr + ((start + first)[:, None] + k[None, :]) * y_stride_t
         if ONTO:
             y += tl.load(at, mask=inside, other=0.0)
         tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -11,37 +11,67 @@ import triton.language as tl
 
 
 @triton.jit
-def row_block(start_ptr, length_ptr, block, rows, ROWS: tl.constexpr):
-    """Row numbers (int64), their first tokens (int64), their lengths (0 beyond the last row) and the longest."""
+def row_block(
+    start_ptr, length_ptr, block, rows, tokens,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Row numbers (int64), their first tokens (int64), their lengths (0 beyond the last row) and the longest.
+
+    Rows of sequences of `tokens` tokens each follow from their numbers; PACKED: they are looked up. WHOLE: every
+    sequence is made of whole chunks, which the compiler must know to load and store several tokens at a time.
+    """
     row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    start = tl.load(start_ptr + row, mask=row < rows, other=0)
-    length = tl.load(length_ptr + row, mask=row < rows, other=0)
+    if PACKED:
+        start = tl.load(start_ptr + row, mask=row < rows, other=0)
+        length = tl.load(length_ptr + row, mask=row < rows, other=0)
+    else:
+        per = (tokens + SEGMENT - 1) // SEGMENT
+        begin = (row % per) * SEGMENT
+        start = (row // per) * tokens + begin
+        length = tl.where(row < rows, tl.minimum(tokens - begin, SEGMENT), 0).to(tl.int32)
+    if WHOLE:
+        start = tl.multiple_of(start, CHUNK)
+        length = tl.multiple_of(length, CHUNK)
     return row, start, length, tl.max(length, axis=0)
 
 
 @triton.jit
-def load_chunk(ptr, start, t, length, stride_t):
-    """Tile [ROWS, CHUNK] of one channel at tokens t [ROWS, CHUNK] of each row; zeros outside of the row."""
-    inside = (t >= 0) & (t < length[:, None])
-    return tl.load(ptr + (start[:, None] + t) * stride_t, mask=inside, other=0.0)
+def inside_rows(first, length, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
+    """Which of the tokens first .. first + CHUNK - 1 of each row it has: [ROWS, CHUNK]. first, length: int32 [ROWS]."""
+    k = tl.arange(0, CHUNK)
+    if WHOLE:
+        has = (first >= 0) & (first < length)
+        inside = tl.broadcast_to(has[:, None], [first.shape[0], CHUNK])
+    else:
+        t = first[:, None] + k[None, :]
+        inside = (t >= 0) & (t < length[:, None])
+    return inside
+
+
+@triton.jit
+def load_chunk(ptr, start, first, length, stride_t, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
+    """Tile [ROWS, CHUNK] of one channel from token `first` [ROWS] of each row on; zeros outside of the row."""
+    at = (start + first)[:, None] + tl.arange(0, CHUNK)[None, :]
+    return tl.load(ptr + at * stride_t, mask=inside_rows(first, length, CHUNK, WHOLE), other=0.0)
 
 
 @triton.jit
 def load_powers(power_ptr, channel, lag, m, M: tl.constexpr, CHUNK: tl.constexpr):
     """e^{lag log_a} for lags and modes that broadcast to a tile: real and imaginary parts, zeros beyond M.
 
-    power_ptr: [D,2,M,CHUNK+1] float32.
+    power_ptr: [D,2,CHUNK+1,M] float32: modes side by side, as programs read them.
     """
-    at = power_ptr + (channel * 2 * M + m) * (CHUNK + 1) + lag
+    at = power_ptr + (channel * 2 * (CHUNK + 1) + lag) * M + m
     mask = (m < M) & (lag >= 0)
     return tl.load(at, mask=mask, other=0.0), tl.load(at + M * (CHUNK + 1), mask=mask, other=0.0)
 
 
 @triton.jit
 def load_weights(c_ptr, channel, m, M: tl.constexpr):
-    """2 c of the modes, real and imaginary parts. c_ptr: [D,M,2] float32."""
+    """2 c of the modes, real and imaginary parts in float32. c_ptr: [D,M,2]."""
     at = c_ptr + (channel * M + m) * 2
-    return 2.0 * tl.load(at, mask=m < M, other=0.0), 2.0 * tl.load(at + 1, mask=m < M, other=0.0)
+    re = tl.load(at, mask=m < M, other=0.0).to(tl.float32)
+    return 2.0 * re, 2.0 * tl.load(at + 1, mask=m < M, other=0.0).to(tl.float32)
 
 
 @triton.jit

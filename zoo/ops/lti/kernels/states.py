@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.ops.lti.kernels.phases import exponential
 from zoo.ops.lti.kernels.pieces import (
     advance,
     load_chunk,
@@ -19,12 +20,13 @@ from zoo.ops.semiseparable.kernels.decay import product
 
 @triton.jit(do_not_specialize=["rows"])
 def added_kernel(
-    x_ptr, power_ptr, c_ptr, step_ptr,  # [D,BT] by strides; [D,2,M,CHUNK+1], [D,M,2] and [D,4,M] float32
+    x_ptr, power_ptr, c_ptr, step_ptr,  # [D,BT] by strides; [D,2,CHUNK+1,M], [D,M,2] and [D,4,M] float32
     start_ptr, length_ptr,  # int64 [rows], int32 [rows]
     added_ptr, weighted_ptr,  # [rows,2,D,M] float32
-    rows, x_stride_d, x_stride_t,
+    rows, tokens, x_stride_d, x_stride_t,
     D: tl.constexpr, M: tl.constexpr, LAG: tl.constexpr, REVERSE: tl.constexpr, WEIGHTED: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, OPERAND: tl.constexpr,
+    SEGMENT: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One program owns ROWS rows of one channel.
 
@@ -34,7 +36,9 @@ def added_kernel(
     chunk comes last, and is the first to be visited.
     """
     channel = (tl.program_id(0) % D).to(tl.int64)
-    row, start, length, longest = row_block(start_ptr, length_ptr, tl.program_id(0) // D, rows, ROWS)
+    row, start, length, longest = row_block(
+        start_ptr, length_ptr, tl.program_id(0) // D, rows, tokens, ROWS, CHUNK, SEGMENT, PACKED, WHOLE
+    )
     x_ptr += channel * x_stride_d
     k = tl.arange(0, CHUNK)
     m = tl.arange(0, BLOCK_M)
@@ -55,12 +59,12 @@ def added_kernel(
     w_im = tl.zeros([ROWS, BLOCK_M], tl.float32)
     chunks = ((longest + CHUNK - 1) // CHUNK).to(tl.int32)
     for count in range(0, chunks):
-        first = (chunks - 1 - count) * CHUNK
+        done = (chunks - 1 - count) * CHUNK
         if REVERSE:
-            t = (first + k)[None, :] + tl.zeros([ROWS, 1], tl.int32)
+            first = tl.zeros([ROWS], tl.int32) + done
         else:
-            t = (length - first - CHUNK)[:, None] + k[None, :]
-        x = load_chunk(x_ptr, start, t, length, x_stride_t)  # [ROWS, CHUNK]
+            first = length - done - CHUNK
+        x = load_chunk(x_ptr, start, first, length, x_stride_t, CHUNK, WHOLE)  # [ROWS, CHUNK]
         if WEIGHTED:
             w_re, w_im = advance(w_re + CHUNK * s_re, w_im + CHUNK * s_im, re, im, lost_re, lost_im)
             w_re += product(x, into_re * age, OPERAND)
@@ -73,21 +77,14 @@ def added_kernel(
         store_states(weighted_ptr, row, length, channel, m, w_re, w_im, D, M)
 
 
-@triton.jit
-def _power(rate, turn, tokens):
-    """e^{tokens log_a} in float64."""
-    size = tl.exp(rate * tokens)
-    return size * tl.cos(turn * tokens), size * tl.sin(turn * tokens)
-
-
-@triton.jit(do_not_specialize=["modes", "segment"])
+@triton.jit(do_not_specialize=["segment", "tokens"])
 def carry_kernel(
     added_ptr, weighted_ptr,  # [rows,2,D M] float32
-    first_ptr, log_a_ptr,  # [S,2,D M] float32, [D M,2] float64
-    row_ptr, count_ptr, length_ptr,  # int64 [S], int32 [S], int32 [S]: first row, rows and tokens of the last one
+    first_ptr, log_a_ptr,  # [S,2,D M] float32, [D M,2]
+    row_ptr, count_ptr, length_ptr,  # int64, int32, int32 [S], PACKED: first row, rows, tokens of the last
     states_ptr, slopes_ptr, last_ptr, last_slope_ptr,  # [rows,2,D M] twice, [S,2,D M] twice, float32
-    modes, segment,
-    HAS_FIRST: tl.constexpr, WEIGHTED: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    modes, segment, tokens,
+    HAS_FIRST: tl.constexpr, WEIGHTED: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK modes, of any channels, of one sequence and walks over its rows, in float64.
 
@@ -97,13 +94,18 @@ def carry_kernel(
     sequence = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = e < modes
-    first_row = tl.load(row_ptr + sequence)
-    count = tl.load(count_ptr + sequence)
-    tail = tl.load(length_ptr + sequence)
-    rate = tl.load(log_a_ptr + e * 2, mask=mask, other=0.0)
-    turn = tl.load(log_a_ptr + e * 2 + 1, mask=mask, other=0.0)
-    full_re, full_im = _power(rate, turn, segment.to(tl.float64))
-    tail_re, tail_im = _power(rate, turn, tail.to(tl.float64))
+    if PACKED:
+        first_row = tl.load(row_ptr + sequence)
+        count = tl.load(count_ptr + sequence)
+        tail = tl.load(length_ptr + sequence)
+    else:
+        count = (tokens + segment - 1) // segment
+        first_row = sequence * count
+        tail = tokens - (count - 1) * segment
+    rate = tl.load(log_a_ptr + e * 2, mask=mask, other=0.0).to(tl.float64)
+    angle = tl.load(log_a_ptr + e * 2 + 1, mask=mask, other=0.0).to(tl.float64)
+    full_re, full_im = exponential(rate, angle, segment.to(tl.float64))
+    tail_re, tail_im = exponential(rate, angle, tail.to(tl.float64))
     s_re = tl.zeros([BLOCK], tl.float64)
     s_im = tl.zeros([BLOCK], tl.float64)
     w_re = tl.zeros([BLOCK], tl.float64)
@@ -111,7 +113,7 @@ def carry_kernel(
     if HAS_FIRST:
         s_re += tl.load(first_ptr + sequence * 2 * modes + e, mask=mask, other=0.0)
         s_im += tl.load(first_ptr + sequence * 2 * modes + modes + e, mask=mask, other=0.0)
-    for turn in range(0, count):
+    for turn in tl.range(0, count, num_stages=4):  # what rows add is loaded ahead
         if REVERSE:
             index = count - 1 - turn
         else:
@@ -125,9 +127,9 @@ def carry_kernel(
         if WEIGHTED:
             tl.store(slopes_ptr + at, w_re.to(tl.float32), mask=mask)
             tl.store(slopes_ptr + at + modes, w_im.to(tl.float32), mask=mask)
-            tokens = tl.where(ends, tail, segment).to(tl.float64)
-            moved_re = w_re + tokens * s_re
-            moved_im = w_im + tokens * s_im
+            passed = tl.where(ends, tail, segment).to(tl.float64)
+            moved_re = w_re + passed * s_re
+            moved_im = w_im + passed * s_im
             w_re = moved_re * re - moved_im * im + tl.load(weighted_ptr + at, mask=mask, other=0.0)
             w_im = moved_re * im + moved_im * re + tl.load(weighted_ptr + at + modes, mask=mask, other=0.0)
         if REVERSE:
