@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from zoo.ops import long_convolution, record_dispatch
 from zoo.ops.long_convolution import triton_path
+from zoo.ops.long_convolution.kernels import dense_launch
 
 from sequence_mixer.conformance.budget import judge
 from sequence_mixer.conformance.comparing import usual_error
@@ -64,6 +65,41 @@ def test_every_length_meets_the_definition(device: str, tokens: int, gates: bool
 @pytest.mark.parametrize(("taps", "ahead", "lag"), [(1, 0, 0), (33, 1, 1), (64, 0, 0), (70, 4, 0), (200, 3, 1)])
 def test_every_number_of_taps_meets_the_definition(device: str, taps: int, ahead: int, lag: int) -> None:
     check(inputs(device, 1, 70, taps=taps, ahead=ahead), torch.float32, reverse_lag=lag)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "taps", "ahead"), [(1, 1, 0), (33, 60, 9), (64, 64, 64), (70, 5, 200), (130, 20, 0)]
+)
+def test_unpacked_rows_in_bfloat16_meet_the_definition(device: str, tokens: int, taps: int, ahead: int) -> None:
+    check(inputs(device, 3, tokens, taps=taps, ahead=ahead, gates=False), torch.bfloat16, reverse_lag=1)
+
+
+@pytest.mark.parametrize("blocks", [(64, 64, 128, 8, 4, 3), (128, 64, 64, 4, 8, 3), (64, 128, 64, 2, 8, 2)])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_every_block_size_makes_the_same_product(device: str, blocks: tuple[int, ...], mirror: bool) -> None:
+    torch.manual_seed(1)
+    u_t = torch.randn(2, 3, 200, device=device).bfloat16()
+    taps = torch.randn(2, 150, device=device).bfloat16()
+    y_t = dense_launch.toeplitz(u_t, taps.float(), 60, mirror=mirror, blocks=dense_launch.Blocks(*blocks))
+    lag = torch.arange(200, device=device).unsqueeze(1) - torch.arange(200, device=device) + 60
+    matrix = torch.where((lag >= 0) & (lag < 150), taps.double()[:, lag.clamp(0, 149)], 0.0)
+    exact = (u_t.double() @ matrix) if mirror else (u_t.double() @ matrix.mT)
+    assert float((y_t - exact).norm() / exact.norm()) < 8e-3  # the interpreter cuts bfloat16 off: twice the rounding
+
+
+@pytest.mark.parametrize("blocks", [(64, 64, 4, 3), (128, 32, 8, 2)])
+@pytest.mark.parametrize(("taps", "ahead"), [(150, 60), (700, 0), (900, 500)])
+def test_every_block_size_makes_the_same_tap_gradient(
+    device: str, blocks: tuple[int, ...], taps: int, ahead: int
+) -> None:
+    torch.manual_seed(1)
+    u_t, dy_t = (torch.randn(2, 3, 200, device=device).bfloat16() for _ in range(2))
+    found = dense_launch.tap_gradient(u_t, dy_t, taps, ahead, dense_launch.PairBlocks(*blocks))
+    lag = torch.arange(200, device=device).unsqueeze(1) - torch.arange(200, device=device) + ahead
+    inside = (lag >= 0) & (lag < taps)
+    pairs = torch.where(inside, dy_t.double().mT @ u_t.double(), 0.0).flatten(1)
+    exact = pairs.new_zeros(2, taps).index_add_(1, lag.clamp(0, taps - 1).flatten(), pairs)
+    assert float((found - exact).norm() / exact.norm()) < 1e-6
 
 
 @pytest.mark.parametrize(("taps", "ahead", "lag"), [(140, 0, 0), (100, 90, 1)])
@@ -136,9 +172,11 @@ def test_non_contiguous_inputs_and_cotangents_are_served(device: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_what_stood_in_memory_does_not_matter(device: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = inputs(device, 1, 70, taps=20, ahead=3)
+@pytest.mark.parametrize(("packed", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
+def test_what_stood_in_memory_does_not_matter(
+    device: str, packed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {name: t.to(dtype) for name, t in inputs(device, 1, 70, taps=20, ahead=3).items()}
     ends = torch.tensor([0, 2, 2, 70], device=device) if packed else None
     clean = run(given, "triton", cu_seqlens=ends)
     empty = torch.empty
@@ -164,8 +202,9 @@ def test_nothing_crosses_a_boundary_even_nan(device: str) -> None:
         assert bool(value[:, 37:].isfinite().all())
 
 
-def test_later_tokens_leave_earlier_outputs_of_tiles_exactly_alone(device: str) -> None:
-    given = inputs(device, 1, 130, taps=100)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_later_tokens_leave_earlier_outputs_of_tiles_exactly_alone(device: str, dtype: torch.dtype) -> None:
+    given = {name: t.to(dtype) for name, t in inputs(device, 1, 130, taps=100).items()}
     changed = given | {"x": given["x"].clone()}
     changed["x"][:, 77:] *= 1e6
     before, after = (long_convolution(**call, backend="triton")[:, :77] for call in (given, changed))
@@ -205,8 +244,9 @@ def test_the_triton_path_compiles_into_one_graph(device: str, taps: int) -> None
         torch.testing.assert_close(a, b)
 
 
-def test_two_runs_give_the_same_bits(device: str) -> None:
-    given = inputs(device, 3, 130, taps=40, ahead=3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_give_the_same_bits(device: str, dtype: torch.dtype) -> None:
+    given = {name: t.to(dtype) for name, t in inputs(device, 3, 130, taps=40, ahead=3).items()}
     first, second = (run(given, "triton") for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

@@ -17,7 +17,7 @@ from zoo.ops.long_convolution.chunked import convolve_chunked
 from zoo.ops.long_convolution.cost import flops
 from zoo.ops.long_convolution.fft import convolve_fft
 from zoo.ops.long_convolution.reference import convolve_reference
-from zoo.ops.long_convolution.triton_path import KERNEL_DTYPES, LONGEST, convolve_triton, triton_refuses
+from zoo.ops.long_convolution.triton_path import KERNEL_DTYPES, PACKED_LONGEST, convolve_triton, triton_refuses
 
 __all__ = ["flops", "long_convolution"]
 
@@ -82,7 +82,7 @@ def long_convolution(
         "empty": x.numel() == 0,
         "packed": cu_seqlens is not None,
         "auto": backend == "auto",
-        "longest": LONGEST.get(x.dtype, 0),
+        "longest": PACKED_LONGEST.get(x.dtype, 0),
     }
     tensors = (x, kernel, D, reverse_kernel, pre_gate, post_gate)
     convolve = select("long_convolution", backend, tensors, facts)

@@ -15,7 +15,9 @@ from zoo.ops.long_convolution.call import Convolution
 from zoo.ops.long_convolution.fft import fft_length, spectrum
 
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
-LONGEST = {torch.float32: 128, torch.bfloat16: 1024, torch.float16: 512}  # taps, beyond which transforms do less work
+# taps, beyond which transforms are faster: between the same gates, and the fft path for packed rows
+LONGEST = {torch.float32: 128, torch.bfloat16: 8192, torch.float16: 512}
+PACKED_LONGEST = {torch.float32: 128, torch.bfloat16: 512, torch.float16: 512}
 
 
 def triton_refuses(*, taps: int, longest: int, empty: bool, packed: bool, auto: bool) -> str | None:

@@ -24,7 +24,7 @@ def _place(T, B, D: tl.constexpr, TILE: tl.constexpr):
     return part // along, t, d
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["B"])
 def time_last_kernel(
     x_ptr, gate_ptr, out_ptr,  # [B,T,D] by strides, twice; [D,B,T] contiguous
     T, B, x_stride_b, x_stride_t, gate_stride_b, gate_stride_t,
@@ -40,7 +40,7 @@ def time_last_kernel(
     tl.store(out_ptr + (d[None, :] * B + b) * T + t[:, None], value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["B"])
 def time_first_kernel(
     x_ptr, gate_ptr, second_gate_ptr,  # [D,B,T] by strides, tokens contiguous; [B,T,D] by strides, twice
     out_ptr, second_ptr,  # [B,T,D] contiguous

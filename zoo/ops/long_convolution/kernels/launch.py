@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from zoo.ops.long_convolution.kernels import dense_launch
 from zoo.ops.long_convolution.kernels.toeplitz import tap_gradient_kernel, toeplitz_kernel
 from zoo.ops.semiseparable.kernels.launch import OPERANDS, on_device
 
@@ -41,6 +42,8 @@ def chunk_rows(u_t: Tensor, cu_seqlens: Tensor | None, chunk: int) -> tuple[Tens
 
 def toeplitz(u_t: Tensor, taps: Tensor, ahead: int, cu_seqlens: Tensor | None, *, mirror: bool) -> Tensor:
     """y_i = sum_w taps_w u_{i - w + ahead} for u_t [D,B,T], taps [D,W] float32; or, mirrored, the gradient of u."""
+    if dense_launch.serves(u_t, taps.shape[1], cu_seqlens):
+        return dense_launch.toeplitz(u_t, taps, ahead, mirror=mirror)
     options = blocks(u_t)
     rows = chunk_rows(u_t, cu_seqlens, options["CHUNK"])
     count = rows[0].numel()
@@ -55,6 +58,8 @@ def toeplitz(u_t: Tensor, taps: Tensor, ahead: int, cu_seqlens: Tensor | None, *
 
 def tap_gradient(u_t: Tensor, dy_t: Tensor, taps: int, ahead: int, cu_seqlens: Tensor | None) -> Tensor:
     """Gradient of the W = `taps` taps, [D,W] float32."""
+    if dense_launch.serves(u_t, taps, cu_seqlens):
+        return dense_launch.tap_gradient(u_t, dy_t, taps, ahead)
     options = blocks(u_t)
     chunk, channels = options["CHUNK"], options["D"]
     rows = chunk_rows(u_t, cu_seqlens, chunk)

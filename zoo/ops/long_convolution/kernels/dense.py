@@ -1,0 +1,129 @@
+"""The long convolution of unpacked rows in bfloat16: Toeplitz tiles read as vectors, every product on tensor cores.
+
+A tile [j, i] holds the tap at lag `shift + i - j`: each row of it begins one tap before the row above, so that no two
+neighbours are aligned alike. COPIES copies of the taps, each one tap later than the one before, make every row an
+aligned run of vectors of COPIES taps, which goes to shared memory like the tile of any product.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from zoo.ops.kernels.diagonals import diagonal_sums
+from zoo.ops.kernels.primitives import dot
+
+
+@triton.jit(do_not_specialize=["taps", "origin"])
+def copies_kernel(
+    taps_ptr, out_ptr,  # [D,W] float32; [D,COPIES,length] bfloat16
+    taps, length, origin,
+    MIRROR: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK places of one channel: out[s,p] = taps[p - s + origin], 0 where there is no such tap.
+
+    MIRROR: the taps are read backwards.
+    """
+    across = (length + BLOCK - 1) // BLOCK
+    channel = (tl.program_id(0) // across).to(tl.int64)
+    place = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+    copy = tl.arange(0, COPIES)
+    index = place[None, :] - copy[:, None] + origin
+    inside = (index >= 0) & (index < taps)
+    if MIRROR:
+        index = taps - 1 - index
+    value = tl.load(taps_ptr + channel * taps + index, mask=inside, other=0.0)
+    at = out_ptr + channel * COPIES * length + copy[:, None] * length + place[None, :]
+    tl.store(at, value.to(out_ptr.dtype.element_ty), mask=(place < length)[None, :])
+
+
+@triton.jit(do_not_specialize=["B", "rows", "first", "last"])
+def dense_kernel(
+    u_ptr, copies_ptr, y_ptr,  # [D,B,T], [D,COPIES,length], [D,B,T]
+    T, B, rows, length, first, last,
+    COPIES: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program owns ROWS of the rows (chunk, sequence) of CHUNK tokens of one channel, chunk by chunk.
+
+    y[row, i] = sum over s = first .. last of u[STEP tokens from STEP s before the row] times the tile at lag STEP s.
+    """
+    across = (rows + ROWS - 1) // ROWS
+    channel = (tl.program_id(0) // across).to(tl.int64)
+    begin = (across - 1 - tl.program_id(0) % across) * ROWS  # those with most behind them first
+    row = begin + tl.arange(0, ROWS)
+    start = row // B * CHUNK
+    here = row % B * T + start
+    i = tl.arange(0, CHUNK)
+    j = tl.arange(0, STEP)
+    u_ptr += channel * B * T
+    copies_ptr += channel * COPIES * length
+    tile_at = j % COPIES * length - j // COPIES * COPIES + (STEP - COPIES)  # [j]
+    latest = tl.minimum(begin + ROWS, rows) - 1
+    low = tl.maximum(first, -((T - 1 - begin // B * CHUNK) // STEP))
+    high = tl.minimum(last, (latest // B * CHUNK + STEP - 1) // STEP)
+    y = tl.zeros([ROWS, CHUNK], tl.float32)
+    for shift in range(low, high + 1):
+        t = start[:, None] - shift * STEP + j[None, :]
+        inside = (start - shift * STEP >= 0)[:, None] & (t < T) & (row < rows)[:, None]
+        if CHUNK % STEP != 0:
+            inside = (t >= 0) & (t < T) & (row < rows)[:, None]
+        u = tl.load(u_ptr + here[:, None] - shift * STEP + j[None, :], mask=inside, other=0.0)  # [ROWS, STEP]
+        tile = tl.load(copies_ptr + tile_at[:, None] + (shift - first) * STEP + i[None, :])  # [STEP, CHUNK]
+        y = dot(u, tile, y)
+    kept = (start[:, None] + i[None, :] < T) & (row < rows)[:, None]
+    tl.store(y_ptr + channel * B * T + here[:, None] + i[None, :], y.to(y_ptr.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=["B", "D", "first"])
+def dense_gradient_kernel(
+    u_ptr, dy_ptr, sums_ptr,  # [D,B,T], [D,B,T]; [apart,2,D,CHUNK] float32
+    T, B, D, first,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program owns the pairs of chunks `first` + its number apart, of one channel, over all sequences.
+
+    Sums dy_i u_j by lag: [0] lags apart CHUNK + e, [1] lags (apart - 1) CHUNK + e, for e = 0 .. CHUNK - 1.
+    """
+    apart = tl.num_programs(0) // D
+    channel = (tl.program_id(0) // apart).to(tl.int64)
+    number = tl.program_id(0) % apart
+    shift = first + number
+    chunks = (T + CHUNK - 1) // CHUNK
+    row = tl.arange(0, ROWS)
+    step = tl.arange(0, CHUNK)
+    u_ptr += channel * B * T
+    dy_ptr += channel * B * T
+    low = tl.maximum(shift, 0) * B  # rows (chunk, sequence) that have a partner
+    high = tl.minimum(chunks, chunks + shift) * B
+    pairs = tl.zeros([CHUNK, CHUNK], tl.float32)  # [i, j]
+    for begin in range(low, high, ROWS):
+        start = (begin + row) // B * CHUNK
+        here = (begin + row) % B * T + start
+        real = (begin + row < high)[:, None]
+        t = start[:, None] + step[None, :]
+        dy = tl.load(dy_ptr + here[:, None] + step[None, :], mask=real & (t < T), other=0.0)  # [ROWS, CHUNK]
+        back = shift * CHUNK
+        u = tl.load(u_ptr + here[:, None] - back + step[None, :], mask=real & (t - back < T), other=0.0)
+        pairs = dot(tl.trans(dy), u, pairs)
+    same, earlier = diagonal_sums(pairs, CHUNK)
+    at = sums_ptr + (number.to(tl.int64) * 2 * D + channel) * CHUNK + step
+    tl.store(at, same)
+    tl.store(at + D * CHUNK, earlier)
+
+
+@triton.jit(do_not_specialize=["taps", "D", "apart", "begin"])
+def join_kernel(
+    sums_ptr, out_ptr,  # [apart,2,D,CHUNK] float32, [D,W] float32
+    taps, D, apart, begin,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[d,w]: both sums of the lag that lies w + begin after the first lag of sums[0,1]."""
+    across = (taps + BLOCK - 1) // BLOCK
+    channel = (tl.program_id(0) // across).to(tl.int64)
+    w = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+    number = (w + begin) // CHUNK
+    at = channel * CHUNK + (w + begin) % CHUNK
+    real = (w < taps) & (w + begin >= 0) & (number <= apart)
+    later = tl.load(sums_ptr + (number.to(tl.int64) * 2 + 1) * D * CHUNK + at, mask=real & (number < apart), other=0.0)
+    same = tl.load(sums_ptr + (number.to(tl.int64) - 1) * 2 * D * CHUNK + at, mask=real & (number > 0), other=0.0)
+    tl.store(out_ptr + channel * taps + w, later + same, mask=w < taps)

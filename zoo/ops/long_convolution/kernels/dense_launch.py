@@ -1,0 +1,93 @@
+"""Launches the kernels of unpacked rows in bfloat16 with block sizes from a table; nothing is searched."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from zoo.ops.long_convolution.kernels.dense import copies_kernel, dense_gradient_kernel, dense_kernel, join_kernel
+from zoo.ops.semiseparable.kernels.launch import on_device
+
+MOST = 2**31 - 2**20  # tokens of a batch, and vectors of taps, that 32-bit offsets within a channel reach
+
+
+class Blocks(NamedTuple):
+    """Sizes of `dense_kernel`: tokens and rows of an output tile, tokens of a product, copies of the taps."""
+
+    chunk: int
+    step: int
+    rows: int
+    copies: int
+    warps: int
+    stages: int
+
+
+class PairBlocks(NamedTuple):
+    """Sizes of `dense_gradient_kernel`: tokens of a chunk, rows of a product."""
+
+    chunk: int
+    rows: int
+    warps: int
+    stages: int
+
+
+TABLE = {  # most tokens a channel has in a batch: blocks
+    8192: Blocks(64, 64, 128, 8, 4, 3),
+    MOST: Blocks(128, 64, 128, 8, 8, 3),
+}
+PAIR_TABLE = {8192: PairBlocks(64, 64, 4, 3), MOST: PairBlocks(128, 64, 8, 3)}
+
+
+def serves(u_t: Tensor, taps: int, cu_seqlens: Tensor | None) -> bool:
+    """Whether these kernels take the call."""
+    _, batch, tokens = u_t.shape
+    fits = batch * tokens < MOST and 8 * (taps + 1024) < MOST
+    return u_t.dtype == torch.bfloat16 and cu_seqlens is None and fits
+
+
+def toeplitz(u_t: Tensor, taps: Tensor, ahead: int, *, mirror: bool, blocks: Blocks | None = None) -> Tensor:
+    """y_i = sum_w taps_w u_{i - w + ahead} for u_t [D,B,T] bfloat16, taps [D,W]; or, mirrored, the gradient of u."""
+    D, B, T = u_t.shape
+    W = taps.shape[1]
+    chunk, step, rows, copies, warps, stages = blocks or next(row for most, row in TABLE.items() if most >= B * T)
+    if mirror:
+        ahead = W - 1 - ahead
+    first = -((chunk - 1 + ahead) // step)
+    last = (W - 1 - ahead + step - 1) // step
+    first, last = max(first, -((T - 1) // step)), min(last, (T + step - 1) // step)
+    length = triton.cdiv((last - first) * step + chunk + step - copies, 64) * 64
+    repeated = torch.empty((D, copies, length), dtype=torch.bfloat16, device=u_t.device)
+    y_t = torch.empty_like(u_t)
+    count = B * triton.cdiv(T, chunk)
+    with on_device(u_t):
+        copies_kernel[(D * triton.cdiv(length, 512),)](
+            taps, repeated, W, length, first * step - (step - copies) + ahead,
+            MIRROR=mirror, COPIES=copies, BLOCK=512, num_warps=4,
+        )  # fmt: skip
+        dense_kernel[(D * triton.cdiv(count, rows),)](
+            u_t, repeated, y_t, T, B, count, length, first, last,
+            COPIES=copies, CHUNK=chunk, STEP=step, ROWS=rows, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return y_t
+
+
+def tap_gradient(u_t: Tensor, dy_t: Tensor, taps: int, ahead: int, blocks: PairBlocks | None = None) -> Tensor:
+    """Gradient of the W = `taps` taps, [D,W] float32."""
+    D, B, T = u_t.shape
+    chunk, rows, warps, stages = blocks or next(row for most, row in PAIR_TABLE.items() if most >= B * T)
+    chunks = triton.cdiv(T, chunk)
+    first = max(-triton.cdiv(ahead, chunk), 1 - chunks)
+    apart = min(triton.cdiv(taps - 1 - ahead, chunk), chunks - 1) - first + 1
+    sums = torch.empty((apart, 2, D, chunk), dtype=torch.float32, device=u_t.device)
+    out = torch.empty((D, taps), dtype=torch.float32, device=u_t.device)
+    with on_device(u_t):
+        dense_gradient_kernel[(D * apart,)](
+            u_t, dy_t, sums, T, B, D, first, CHUNK=chunk, ROWS=rows, num_warps=warps, num_stages=stages
+        )
+        join_kernel[(D * triton.cdiv(taps, 512),)](
+            sums, out, taps, D, apart, -ahead - (first - 1) * chunk, CHUNK=chunk, BLOCK=512, num_warps=4
+        )
+    return out
