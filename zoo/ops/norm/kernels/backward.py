@@ -14,7 +14,8 @@ from torch import Tensor
 
 from zoo.ops.norm.kernels.rows import as_rows, block_of
 
-PROGRAMS = 1024  # row ranges, times the groups
+PROGRAMS = 528  # row ranges, times the groups: four per multiprocessor of an H100 or H200
+WARPS: int | None = None  # of a program; None for those of the forward
 
 
 @triton.jit
@@ -32,13 +33,22 @@ def _norm_bwd(
     weight = tl.load(weight_ptr + d, mask=in_group, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK], tl.float32)
     first = part * rows_per_program  # int64, and so is every row
-    for row in range(first, tl.minimum(first + rows_per_program, R)):
-        x = tl.load(x_ptr + row * x_stride_r + d, mask=in_group, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row * dy_stride_r + d, mask=in_group, other=0.0).to(tl.float32)
-        value = x
-        z, sigmoid, gate = x, x, x
+    last = tl.minimum(first + rows_per_program, R)
+    next_x = tl.load(x_ptr + first * x_stride_r + d, mask=in_group, other=0.0)
+    next_dy = tl.load(dy_ptr + first * dy_stride_r + d, mask=in_group, other=0.0)
+    next_z = next_x
+    if HAS_GATE:
+        next_z = tl.load(z_ptr + first * z_stride_r + d, mask=in_group, other=0.0)
+    for row in range(first, last):
+        x, dy, z = next_x.to(tl.float32), next_dy.to(tl.float32), next_z.to(tl.float32)
+        live = in_group & (c * 0 + row + 1 < last)  # the next row is on its way while this one is worked on
+        next_x = tl.load(x_ptr + (row + 1) * x_stride_r + d, mask=live, other=0.0)
+        next_dy = tl.load(dy_ptr + (row + 1) * dy_stride_r + d, mask=live, other=0.0)
         if HAS_GATE:
-            z = tl.load(z_ptr + row * z_stride_r + d, mask=in_group, other=0.0).to(tl.float32)
+            next_z = tl.load(z_ptr + (row + 1) * z_stride_r + d, mask=live, other=0.0)
+        value = x
+        sigmoid, gate = x, x
+        if HAS_GATE:
             sigmoid = tl.sigmoid(z)
             gate = z * sigmoid
             if not NORM_FIRST:
@@ -78,6 +88,7 @@ def norm_backward(
     parts = triton.cdiv(rows, rows_per_program)
     partial = torch.empty((parts, channels), dtype=torch.float32, device=x.device)
     block, warps = block_of(group_size)
+    warps = WARPS or warps
     _norm_bwd[(parts * groups,)](
         cotangents, values, gates, weight.contiguous(), dx, dz, partial,
         rows, rows_per_program, groups, channels, group_size, eps,

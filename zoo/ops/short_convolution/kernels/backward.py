@@ -1,4 +1,6 @@
-"""Backward of the short convolution; the value before the activation is computed again, not stored.
+"""Backward of the short convolution of packed sequences (`walk` serves whole rows), and of the initial state.
+
+The value before the activation is computed again, not stored.
 
 With g = dy act'(pre): dx_t = sum_j weight_{W-1-j} g_{t+j}, dweight_k = sum_t g_t x_{t-W+1+k}, dbias = sum_t g_t. A tile
 needs g at W shifts, and these need the inputs at 2W-1 shifts, which stay in the cache. Sums over tokens are kept per
@@ -13,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.short_convolution.kernels.inputs import input_tile, rows_contiguous, sequence_of_tokens, spans
+from zoo.ops.short_convolution.kernels.walk import backward_rows
 
 BLOCK_T, BLOCK_D = 16, 64
 TILES = 8  # tiles of BLOCK_T tokens per program
@@ -149,14 +152,17 @@ def convolution_backward(
     programs = batch * triton.cdiv(tokens, TILES * BLOCK_T)
     column_blocks = triton.cdiv(channels, BLOCK_D)
     dx = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-    partial = torch.empty((programs, width + 1, channels), dtype=torch.float32, device=x.device)
-    _convolution_bwd[(programs, column_blocks)](
-        dy, dfinal, x, taps, offset, x if state is None else state, dx, partial, sequence, ends,
-        tokens, channels, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
-        W=width, HAS_BIAS=bias is not None, HAS_STATE=state is not None, PACKED=packed, SILU=silu,
-        BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, BLOCK_W=max(2, triton.next_power_of_2(width)), TILES=TILES, num_warps=4,
-    )  # fmt: skip
-    sums = partial.sum(0)  # [W+1, D]
+    if packed:
+        partial = torch.empty((programs, width + 1, channels), dtype=torch.float32, device=x.device)
+        _convolution_bwd[(programs, column_blocks)](
+            dy, dfinal, x, taps, offset, x if state is None else state, dx, partial, sequence, ends,
+            tokens, channels, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
+            W=width, HAS_BIAS=bias is not None, HAS_STATE=state is not None, PACKED=packed, SILU=silu,
+            BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, BLOCK_W=max(2, triton.next_power_of_2(width)), TILES=TILES, num_warps=4,
+        )  # fmt: skip
+        sums = partial.sum(0)  # [W+1, D]
+    else:
+        sums = backward_rows(dy, dfinal, x, taps, bias, state, dx, silu)
     dweight = torch.empty((channels, width), dtype=weight.dtype, device=x.device).copy_(sums[:width].t())
     dbias = x.new_empty(0)
     if bias is not None:

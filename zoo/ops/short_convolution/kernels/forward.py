@@ -1,4 +1,4 @@
-"""Forward of the short convolution."""
+"""Forward of the short convolution: tiles of packed sequences (`walk` serves whole rows), and the final state."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.short_convolution.kernels.inputs import input_tile, rows_contiguous, sequence_of_tokens, spans
+from zoo.ops.short_convolution.kernels.walk import forward_rows
 
 BLOCK_T, BLOCK_D = 32, 64
 
@@ -85,12 +86,15 @@ def convolution_forward(
     y = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
     final = torch.empty((sequences, channels, width - 1), dtype=x.dtype, device=x.device)
     column_blocks = triton.cdiv(channels, BLOCK_D)
-    _convolution_fwd[(batch * triton.cdiv(tokens, BLOCK_T), column_blocks)](
-        x, weight, x if bias is None else bias.contiguous(), x if state is None else state, y, sequence, ends,
-        tokens, channels, x.stride(0), x.stride(1),
-        W=width, HAS_BIAS=bias is not None, HAS_STATE=state is not None, PACKED=packed, SILU=silu,
-        BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
-    )  # fmt: skip
+    if packed:
+        _convolution_fwd[(batch * triton.cdiv(tokens, BLOCK_T), column_blocks)](
+            x, weight, x if bias is None else bias.contiguous(), x if state is None else state, y, sequence, ends,
+            tokens, channels, x.stride(0), x.stride(1),
+            W=width, HAS_BIAS=bias is not None, HAS_STATE=state is not None, PACKED=packed, SILU=silu,
+            BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
+        )  # fmt: skip
+    else:
+        forward_rows(x, weight, bias, state, y, silu)
     if width > 1:
         _final_state[(sequences, column_blocks)](
             x, x if state is None else state, final, ends, tokens, channels, x.stride(0), x.stride(1),
