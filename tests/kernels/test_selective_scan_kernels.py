@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from zoo.ops.selective_scan import flops, selective_scan, triton_path
 from zoo.ops.selective_scan.cost import backward_flops
-from zoo.ops.selective_scan.kernels import launch, tuning
+from zoo.ops.selective_scan.kernels import launch, launch_backward, tuning
 from zoo.ops.selective_scan.triton_path import triton_backward, triton_forward
 
 from sequence_mixer.conformance.budget import judge
@@ -23,15 +23,13 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and segments of 4 tokens in tiles of 2: sequences that the interpreter can afford cross several."""
     monkeypatch.setattr(triton_path, "CHUNK", 4)
     monkeypatch.setattr(tuning, "SHORTEST_SEGMENT", 4)
-    monkeypatch.setattr(
-        launch, "blocks_for", lambda state: replace(tuning.blocks_for(state), tile=2, back_tile=1 + (state < 128))
-    )
+    monkeypatch.setattr(launch, "blocks_for", lambda table, state: replace(tuning.blocks_for(table, state), tile=2))
 
 
 @pytest.fixture
 def one_segment(short_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same chunks, but every sequence is run through by one program."""
-    monkeypatch.setattr(tuning, "FEW", 0)
+    monkeypatch.setattr(tuning, "PROCESSORS", 0)
 
 
 def inputs_of(
@@ -147,9 +145,16 @@ def test_absent_inputs_are_within_budget(device: str, absent: tuple[str, ...]) -
 
 
 @pytest.mark.usefixtures("short_chunks")
-def test_many_channel_blocks_share_their_sums(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "MANY", 1)  # as if few programs filled the device: one part of three blocks
-    assert_within_budget(inputs_of(device, 5, channels=70))
+def test_many_channel_blocks_share_their_sums(device: str) -> None:
+    assert_within_budget(inputs_of(device, 5, channels=70, state=3))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.usefixtures("short_chunks")
+def test_a_backward_in_slabs_is_within_budget(device: str, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "SHORTEST_SEGMENT", 12 if cut else 64)
+    monkeypatch.setattr(launch_backward, "slab_length", lambda segment, row: 8)
+    assert_within_budget(inputs_of(device, 21, batch=2))
 
 
 @pytest.mark.usefixtures("one_segment")
@@ -229,18 +234,17 @@ def test_no_token_and_what_the_kernels_cannot_do_are_said_in_words(device: str) 
 
 
 def test_sequences_are_cut_only_where_programs_are_few() -> None:
-    assert tuning.segment_length(8, 4096, 128) == 4096
-    assert tuning.segment_length(2, 16384, 128) == 1856
-    assert tuning.segment_length(1, 100, 1) == 128
-    assert tuning.segment_length(1, 4096, 1) == tuning.SHORTEST_SEGMENT
+    blocks = tuning.Blocks(tiles=1, rows=16, e=32, tile=8, warps=1, resident=8)
+    assert tuning.segment_length(8, 4096, 128, blocks) == 4096
+    assert tuning.segment_length(2, 16384, 128, blocks) == 4096
+    assert tuning.segment_length(1, 100, 1, blocks) == 128
+    assert tuning.segment_length(1, 4096, 1, blocks) == tuning.SHORTEST_SEGMENT
     for state in range(1, 257):
-        blocks = tuning.blocks_for(state)
-        assert blocks.n >= state
-        assert triton_path.CHUNK % blocks.tile == triton_path.CHUNK % blocks.back_tile == 0
-    for rows in (1, 100, 10_000):
-        for blocks_of_group in (1, 7, 128):
-            parts, loops = tuning.parts_of_group(rows, blocks_of_group)
-            assert (parts - 1) * loops < blocks_of_group <= parts * loops
+        assert tuning.slab_length(4096, state << 15) % triton_path.CHUNK == 0
+        for table in (tuning.AHEAD, tuning.BACK):
+            blocks = tuning.blocks_for(table, state)
+            assert state <= blocks.tiles * blocks.rows < max(8, 2 * state)
+            assert triton_path.CHUNK % blocks.tile == 0
 
 
 @pytest.mark.gpu

@@ -8,26 +8,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.ops.selective_scan.kernels.tokens import LOG2E, channel_block, load_channels, sigmoid, span_of, time_step
+from zoo.ops.selective_scan.kernels.tokens import (
+    channel_block,
+    load_channels,
+    load_row,
+    load_states,
+    load_tokens,
+    rates,
+    sigmoid,
+    span_of,
+    store_states,
+    time_step,
+    zero_states,
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "pieces", "SEGMENT"])
 def scan_kernel(
-    x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr,  # [BT,E] [BT,E] [BT,E] [BT,G,N] [BT,G,N]
+    x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr,  # [BT,E] [BT,E] [BT,E] [BT,G,N] [BT,G,N]; B, C float32, contiguous
     A_ptr, D_ptr, bias_ptr,  # [E,N] [E] [E] float32, contiguous
     initial_ptr, entering_ptr,  # [S,E,N], or [segments,E,N] if SPLIT, float32, contiguous
     owner_ptr, cu_ptr,  # [segments] int64, [S+1] if PACKED
     y_ptr, states_ptr, final_ptr,  # -> [BT,E], [BT // CHUNK,E,N] and [S,E,N] float32, contiguous
-    T, pieces, SEGMENT, x_stride, dt_stride, z_stride, B_stride, B_stride_g, C_stride, C_stride_g,
+    T, pieces, SEGMENT, x_stride, dt_stride, z_stride,
     E: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
     SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BLOCK_E channels of one segment of a sequence.
+    """One program owns BLOCK_E channels of one segment of a sequence, and all their states, in TILES tiles of ROWS.
 
     It keeps the state at every multiple of CHUNK inside the sequence for the backward. TILE tokens are read together,
-    then computed one after another, then written, so that no read waits for a write.
+    one tile ahead of those that are computed, and written together, so that nothing waits for memory.
     """
     J: tl.constexpr = E // G
     BLOCKS: tl.constexpr = (J + BLOCK_E - 1) // BLOCK_E
@@ -35,54 +47,53 @@ def scan_kernel(
     block = tl.program_id(0) % (G * BLOCKS)
     group = block // BLOCKS
     sequence, start, end, first, stop = span_of(segment, owner_ptr, cu_ptr, T, pieces, SEGMENT, PACKED)
-    B_ptr += group * B_stride_g
-    C_ptr += group * C_stride_g
-    e, in_e, in_state, by_channel = channel_block(group, block % BLOCKS, J, N, BLOCK_N, BLOCK_E)
-    n = tl.arange(0, BLOCK_N)
-    in_n = n < N
-    zero_n, zero_e = tl.zeros([BLOCK_N], tl.int32), tl.zeros([BLOCK_E], tl.int32)  # the interpreter wants masks as wide
-    zero = zero_n[:, None] + zero_e[None, :]
-    rate = tl.load(A_ptr + by_channel, mask=in_state, other=0.0) * LOG2E  # [BLOCK_N, BLOCK_E]
+    e, in_e = channel_block(group, block % BLOCKS, J, BLOCK_E)
+    zero = tl.zeros([BLOCK_E], tl.int32)  # the interpreter wants masks as wide as their values
+    rate = rates(A_ptr, e, in_e, N, TILES, ROWS, BLOCK_E)
     skip = load_channels(D_ptr, e, in_e, HAS_D)
     bias = load_channels(bias_ptr, e, in_e, HAS_BIAS)
-    ends_at = sequence * E * N + by_channel
-    state = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     if SPLIT:
-        state = tl.load(entering_ptr + segment.to(tl.int64) * E * N + by_channel, mask=in_state, other=0.0)
+        state = load_states(entering_ptr + segment.to(tl.int64) * E * N, e, in_e, N, TILES, ROWS, BLOCK_E)
     elif HAS_INITIAL:
-        state = tl.load(initial_ptr + ends_at, mask=in_state, other=0.0)
+        state = load_states(initial_ptr + sequence * E * N, e, in_e, N, TILES, ROWS, BLOCK_E)
+    else:
+        state = zero_states(TILES, ROWS, BLOCK_E)
+    states_ptr += (start // CHUNK + (first - start) // CHUNK - 1) * E * N
+    B_ptr += group * N
+    C_ptr += group * N
 
-    for chunk in range(0, ((stop - first + CHUNK - 1) // CHUNK).to(tl.int32)):
-        at = first + chunk * CHUNK
-        slot = start // CHUNK + (at - start) // CHUNK - 1
-        tl.store(states_ptr + slot * E * N + by_channel, state, mask=in_state & (zero + start < at))
-        for tile in range(0, ((tl.minimum(CHUNK, stop - at) + TILE - 1) // TILE).to(tl.int32)):
-            t = at + tile * TILE
-            left = (stop - t).to(tl.int32)
-            dt_row, x_row, y_row = dt_ptr + t * dt_stride, x_ptr + t * x_stride, y_ptr + t * E
-            B_row, C_row = B_ptr + t * B_stride, C_ptr + t * C_stride
-            steps, values, gates, outputs = (), (), (), ()
-            for k in tl.static_range(TILE):
-                here = in_e & (zero_e + k < left)
-                raw = tl.load(dt_row + k * dt_stride + e, mask=here, other=0.0).to(tl.float32) + bias
-                steps = steps + (time_step(raw, here, SOFTPLUS),)
-                values = values + (tl.load(x_row + k * x_stride + e, mask=here, other=0.0).to(tl.float32),)
-                if HAS_Z:
-                    gates = gates + (
-                        tl.load(z_ptr + t * z_stride + (k * z_stride + e), mask=here, other=0.0).to(tl.float32),
-                    )
-            for k in tl.static_range(TILE):
-                keep = in_n & (zero_n + k < left)
-                key = tl.load(B_row + k * B_stride + n, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_N]
-                query = tl.load(C_row + k * C_stride + n, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_N]
-                decay = tl.exp2(rate * steps[k][None, :])
-                state = decay * state + key[:, None] * (steps[k] * values[k])[None, :]
-                y = tl.sum(state * query[:, None], axis=0) + skip * values[k]
-                if HAS_Z:
-                    y = y * gates[k] * sigmoid(gates[k])
-                outputs = outputs + (y,)
-            for k in tl.static_range(TILE):
-                y = outputs[k].to(y_ptr.dtype.element_ty)
-                tl.store(y_row + k * E + e, y, mask=in_e & (zero_e + k < left))
-    last = in_state & (zero + stop == end) & ((zero + first < end) | (zero + first == start))
-    tl.store(final_ptr + ends_at, state, mask=last)
+    left = (stop - first).to(tl.int32)
+    next_raw = load_tokens(dt_ptr, first, dt_stride, left, e, in_e, TILE, True)
+    next_value = load_tokens(x_ptr, first, x_stride, left, e, in_e, TILE, True)
+    next_gate = load_tokens(z_ptr, first, z_stride, left, e, in_e, TILE, HAS_Z)
+    for tile in range(0, (left + TILE - 1) // TILE):
+        t = first + tile * TILE
+        if tile * TILE % CHUNK == 0:
+            saved = in_e & (zero + start < t)
+            store_states(states_ptr + tile * TILE // CHUNK * E * N, state, e, saved, N, TILES, ROWS, BLOCK_E)
+        left = (stop - t).to(tl.int32)
+        raws, values, gates = next_raw, next_value, next_gate
+        next_raw = load_tokens(dt_ptr, t + TILE, dt_stride, left - TILE, e, in_e, TILE, True)
+        next_value = load_tokens(x_ptr, t + TILE, x_stride, left - TILE, e, in_e, TILE, True)
+        next_gate = load_tokens(z_ptr, t + TILE, z_stride, left - TILE, e, in_e, TILE, HAS_Z)
+        for k in tl.static_range(TILE):
+            row = tl.minimum(t + k, stop - 1) * (G * N)  # beyond the end any token does: the step is 0
+            here = in_e & (zero + k < left)
+            step = time_step(raws[k].to(tl.float32) + bias, here, SOFTPLUS)
+            value = values[k].to(tl.float32)
+            entering = step * value
+            y = skip * value
+            held = ()
+            for r in tl.static_range(TILES):
+                key = load_row(B_ptr + row, r, N, ROWS)
+                query = load_row(C_ptr + row, r, N, ROWS)
+                part = tl.exp2(rate[r] * step[None, :]) * state[r] + key[:, None] * entering[None, :]
+                y += tl.sum(part * query[:, None], axis=0)
+                held = held + (part,)
+            state = held
+            if HAS_Z:
+                gate = gates[k].to(tl.float32)
+                y = y * gate * sigmoid(gate)
+            tl.store(y_ptr + (t + k) * E + e, y.to(y_ptr.dtype.element_ty), mask=here)
+    last = in_e & (zero + stop == end) & ((zero + first < end) | (zero + first == start))
+    store_states(final_ptr + sequence * E * N, state, e, last, N, TILES, ROWS, BLOCK_E)

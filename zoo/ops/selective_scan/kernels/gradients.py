@@ -1,4 +1,4 @@
-"""Backward of the selective scan: chunks on their own, states computed again, then the tokens from last to first."""
+"""Backward of the selective scan: one walk from the last token to the first, states computed again chunk by chunk."""
 
 # ruff: noqa: RUF005  # Triton adds tuples up, and takes no starred ones
 # mypy: disable-error-code="assignment, unreachable, var-annotated"
@@ -8,166 +8,217 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.ops.selective_scan.kernels.tokens import LN2, LOG2E, channel_block, load_channels, sigmoid, span_of, time_step
+from zoo.ops.selective_scan.kernels.tokens import (
+    LN2,
+    channel_block,
+    load_channels,
+    load_row,
+    load_states,
+    load_tokens,
+    rates,
+    sigmoid,
+    span_of,
+    store_states,
+    time_step,
+    zero_states,
+)  # fmt: skip
 
 
 @triton.jit
 def keep_states(
-    state, rate, bias, e, in_e,  # [BLOCK_N,BLOCK_E] twice, [BLOCK_E] three times
-    scratch_ptr, in_tile, dt_ptr, x_ptr, B_ptr, dt_stride, x_stride, B_stride, first, stop, tiles,
-    N: tl.constexpr, SOFTPLUS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    state, rate, bias, e, in_e,  # [TILES][ROWS,BLOCK_E] twice, [BLOCK_E] three times
+    scratch_ptr, dt_ptr, x_ptr, B_ptr, dt_stride, x_stride, B_stride: tl.constexpr, first, stop, tiles,
+    N: tl.constexpr, SOFTPLUS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Write the states at every TILE tokens of a chunk to scratch memory. state: the one that enters the chunk."""
-    n = tl.arange(0, BLOCK_N)
-    in_n = n < N
-    zero_n, zero_e = tl.zeros([BLOCK_N], tl.int32), tl.zeros([BLOCK_E], tl.int32)
-    for tile in range(0, tiles):
-        tl.store(scratch_ptr + tile * (BLOCK_N * BLOCK_E) + in_tile, state)
+    """Write the states at every TILE tokens of a chunk to scratch memory, and return those at its last tile.
+
+    state: what enters the chunk.
+    """
+    zero = tl.zeros([BLOCK_E], tl.int32)
+    own = tl.max_contiguous(tl.arange(0, BLOCK_E), 1)
+    left = (stop - first).to(tl.int32)
+    next_raw = load_tokens(dt_ptr, first, dt_stride, left, e, in_e, TILE, True)
+    next_value = load_tokens(x_ptr, first, x_stride, left, e, in_e, TILE, True)
+    for tile in range(0, tiles - 1):
+        at = scratch_ptr + tile * (TILES * ROWS * BLOCK_E)
+        store_states(at, state, own, zero == 0, TILES * ROWS, TILES, ROWS, BLOCK_E)
         t = first + tile * TILE
         left = (stop - t).to(tl.int32)
-        dt_row, x_row, B_row = dt_ptr + t * dt_stride, x_ptr + t * x_stride, B_ptr + t * B_stride
+        raws, values = next_raw, next_value
+        next_raw = load_tokens(dt_ptr, t + TILE, dt_stride, left - TILE, e, in_e, TILE, True)
+        next_value = load_tokens(x_ptr, t + TILE, x_stride, left - TILE, e, in_e, TILE, True)
         for k in tl.static_range(TILE):
-            here, keep = in_e & (zero_e + k < left), in_n & (zero_n + k < left)
-            raw = tl.load(dt_row + k * dt_stride + e, mask=here, other=0.0).to(tl.float32) + bias
-            step = time_step(raw, here, SOFTPLUS)
-            value = tl.load(x_row + k * x_stride + e, mask=here, other=0.0).to(tl.float32)
-            key = tl.load(B_row + k * B_stride + n, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_N]
-            state = tl.exp2(rate * step[None, :]) * state + key[:, None] * (step * value)[None, :]
+            step = time_step(raws[k].to(tl.float32) + bias, zero == 0, SOFTPLUS)
+            entering = step * values[k].to(tl.float32)
+            held = ()
+            for r in tl.static_range(TILES):
+                key = load_row(B_ptr + (t + k) * B_stride, r, N, ROWS)
+                held = held + (tl.exp2(rate[r] * step[None, :]) * state[r] + key[:, None] * entering[None, :],)
+            state = held
+    return state
 
 
-@triton.jit
-def cross_token(
-    grad, drate, weight, key, query,  # [BLOCK_N,BLOCK_E] twice, [BLOCK_E], [BLOCK_N] twice
-    held, decayed, decay, rate, skip, raw, step, value,  # [BLOCK_N,BLOCK_E] four times, [BLOCK_E] four times
-    SOFTPLUS: tl.constexpr,
-):  # fmt: skip
-    """Take one token in reverse.
-
-    grad: gradient of the state through later tokens; weight: gradient of this token's output before the gate. held:
-    this token's state; decayed: decay times the state before. Returns grad before this token, the gradient of the rate
-    so far, and those of query, key, raw time step and value.
-    """
-    grad += query[:, None] * weight[None, :]
-    dquery = tl.sum(held * weight[None, :], axis=1)  # [BLOCK_N]
-    dkey = tl.sum(grad * (step * value)[None, :], axis=1)
-    entered = tl.sum(grad * key[:, None], axis=0)  # [BLOCK_E], gradient of dt x
-    crossing = grad * decayed
-    drate += crossing * step[None, :]
-    dstep = tl.sum(crossing * rate, axis=0) * LN2 + value * entered
-    if SOFTPLUS:
-        dstep = dstep * sigmoid(raw)
-    return grad * decay, drate, dquery, dkey, dstep, step * entered + skip * weight
-
-
-@triton.jit(do_not_specialize=["T", "BT", "pieces", "parts", "blocks"])
+@triton.jit(do_not_specialize=["T", "rows", "pieces", "SEGMENT", "slab", "SLAB"])
 def gradient_kernel(
-    x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, dy_ptr,  # [BT,E] [BT,E] [BT,E] [BT,G,N] [BT,G,N] [BT,E]
+    x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, dy_ptr,  # [BT,E] three times, [BT,G,N] twice, [BT,E]; B, C float32, contiguous
     A_ptr, D_ptr, bias_ptr, initial_ptr,  # [E,N] [E] [E] [S,E,N] float32, contiguous
-    states_ptr, leaving_ptr,  # [BT // CHUNK,E,N], [slots,E,N] float32, contiguous; leaving_ptr -> share of dA
-    owner_ptr, cu_ptr,  # [slots] int64, [S+1] if PACKED
-    scratch_ptr,  # [programs,CHUNK // TILE,BLOCK_N,BLOCK_E] float32
-    dx_ptr, ddt_ptr, dz_ptr,  # -> [BT,E], contiguous
-    dB_ptr, dC_ptr, dD_ptr, dbias_ptr,  # -> [G parts,BT,N] twice and [slots,E] twice, float32: shares of sums
-    T, pieces, parts, blocks, x_stride, dt_stride, z_stride, B_stride, B_stride_g, C_stride, C_stride_g, dy_stride,
-    BT, E: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
+    states_ptr,  # [BT // CHUNK,E,N] float32, contiguous, from the forward
+    dfinal_ptr, arriving_ptr,  # [S,E,N], or [segments,E,N] if SPLIT, float32, contiguous; the latter -> what leaves
+    owner_ptr, cu_ptr,  # [segments] int64, [S+1] if PACKED
+    scratch_ptr,  # [programs,CHUNK // TILE,BLOCK_E,TILES ROWS] float32
+    dx_ptr, ddt_ptr, dz_ptr, dinitial_ptr,  # -> [BT,E] three times, [S,E,N] float32, contiguous
+    dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr,  # -> [segments,E,N], [G blocks,rows,N] twice, [segments,E] twice
+    T, pieces, SEGMENT, slab, SLAB, rows, x_stride, dt_stride, z_stride, dy_stride,
+    E: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    HAS_GIVEN: tl.constexpr, SOFTPLUS: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One program owns one chunk and `blocks` blocks of BLOCK_E channels, of one group, one block after the other.
+    """One program owns BLOCK_E channels of one segment of a sequence, if SPLIT only tokens slab SLAB .. (slab + 1) SLAB
+    of it: the shares of dB and dC then have SLAB rows for each segment, else one for each token.
+    dA, dD and dbias are added to what later slabs left in them.
 
-    First the states at every TILE tokens go to scratch memory; then, from the last tile to the first, its states are
-    computed once more, and its tokens taken in reverse.
+    Chunks follow each other from the last to the first. In each the states at every TILE tokens go to scratch memory;
+    then, from the last tile to the first, its states are computed once more, and its tokens taken in reverse.
     """
     J: tl.constexpr = E // G
-    slot = tl.program_id(0) // (G * parts)
-    part = tl.program_id(0) % (G * parts)
-    group = part // parts
-    sequence, start, end, first, stop = span_of(slot, owner_ptr, cu_ptr, T, pieces, CHUNK, PACKED)
-    tiles = ((tl.maximum(stop - first, 0) + TILE - 1) // TILE).to(tl.int32)
-    n = tl.arange(0, BLOCK_N)
-    in_n = n < N
-    zero_n, zero_e = tl.zeros([BLOCK_N], tl.int32), tl.zeros([BLOCK_E], tl.int32)  # the interpreter wants masks as wide
-    zero = zero_n[:, None] + zero_e[None, :]
-    B_ptr += group * B_stride_g
-    C_ptr += group * C_stride_g
-    dB_ptr += part.to(tl.int64) * BT * N
-    dC_ptr += part.to(tl.int64) * BT * N
-    leaving_ptr += slot.to(tl.int64) * E * N
-    states_ptr += (start // CHUNK + (first - start) // CHUNK - 1) * E * N
-    scratch_ptr += tl.program_id(0).to(tl.int64) * (CHUNK // TILE * BLOCK_N * BLOCK_E)
-    in_tile = n[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
-    for block in range(0, blocks):
-        number = part % parts * blocks + block
-        e, in_e, in_state, by_channel = channel_block(group, number, J, N, BLOCK_N, BLOCK_E)
-        rate = tl.load(A_ptr + by_channel, mask=in_state, other=0.0) * LOG2E  # [BLOCK_N, BLOCK_E]
-        skip = load_channels(D_ptr, e, in_e, HAS_D)
-        bias = load_channels(bias_ptr, e, in_e, HAS_BIAS)
-        inside = in_state & (zero + start < first) & (zero + first < end)
-        state = tl.load(states_ptr + by_channel, mask=inside, other=0.0)
+    BLOCKS: tl.constexpr = (J + BLOCK_E - 1) // BLOCK_E
+    segment = tl.program_id(0) // (G * BLOCKS)
+    block = tl.program_id(0) % (G * BLOCKS)
+    group = block // BLOCKS
+    sequence, start, _end, begin, finish = span_of(segment, owner_ptr, cu_ptr, T, pieces, SEGMENT, PACKED)
+    shift = begin * 0  # from a token to its row of the shares
+    if SPLIT:
+        begin += slab.to(tl.int64) * SLAB
+        finish = tl.minimum(finish, begin + SLAB)
+        if not PACKED:
+            shift = segment.to(tl.int64) * SLAB - begin
+    e, in_e = channel_block(group, block % BLOCKS, J, BLOCK_E)
+    zero = tl.zeros([BLOCK_E], tl.int32)  # the interpreter wants masks as wide as their values
+    own = tl.max_contiguous(tl.arange(0, BLOCK_E), 1)
+    rate = rates(A_ptr, e, in_e, N, TILES, ROWS, BLOCK_E)
+    skip = load_channels(D_ptr, e, in_e, HAS_D)
+    bias = load_channels(bias_ptr, e, in_e, HAS_BIAS)
+    B_ptr += group * N
+    C_ptr += group * N
+    dB_ptr += block.to(tl.int64) * rows * N
+    dC_ptr += block.to(tl.int64) * rows * N
+    scratch_ptr += tl.program_id(0).to(tl.int64) * (CHUNK // TILE * TILES * ROWS * BLOCK_E)
+    dA_ptr += segment.to(tl.int64) * E * N
+    dD_ptr += segment.to(tl.int64) * E
+    dbias_ptr += segment.to(tl.int64) * E
+    drate = load_states(dA_ptr, e, in_e, N, TILES, ROWS, BLOCK_E)  # of later slabs
+    dskip = load_channels(dD_ptr, e, in_e, HAS_D)
+    dbias = load_channels(dbias_ptr, e, in_e, HAS_BIAS)
+    if SPLIT:  # grad: of the state after a token, through later tokens
+        grad = load_states(arriving_ptr + segment.to(tl.int64) * E * N, e, in_e, N, TILES, ROWS, BLOCK_E)
+    elif HAS_GIVEN:
+        grad = load_states(dfinal_ptr + sequence * E * N, e, in_e, N, TILES, ROWS, BLOCK_E)
+    else:
+        grad = zero_states(TILES, ROWS, BLOCK_E)
+
+    chunks = ((finish - begin + CHUNK - 1) // CHUNK).to(tl.int32)
+    for number in range(0, chunks):
+        first = begin + (chunks - 1 - number) * CHUNK
+        stop = tl.minimum(first + CHUNK, finish)
+        tiles = ((stop - first + TILE - 1) // TILE).to(tl.int32)
+        inside = in_e & (zero + start < first)
+        slot = start // CHUNK + (first - start) // CHUNK - 1
+        state = load_states(states_ptr + slot * E * N, e, inside, N, TILES, ROWS, BLOCK_E)
         if HAS_INITIAL:
-            begins = in_state & (zero + first == start)
-            state += tl.load(initial_ptr + sequence * E * N + by_channel, mask=begins, other=0.0)
-        keep_states(
-            state, rate, bias, e, in_e, scratch_ptr, in_tile, dt_ptr, x_ptr, B_ptr, dt_stride, x_stride, B_stride,
-            first, stop, tiles, N, SOFTPLUS, TILE, BLOCK_N, BLOCK_E,
+            begins = in_e & (zero + first == start)
+            loaded = load_states(initial_ptr + sequence * E * N, e, begins, N, TILES, ROWS, BLOCK_E)
+            joined = ()
+            for r in tl.static_range(TILES):
+                joined = joined + (state[r] + loaded[r],)
+            state = joined
+        state = keep_states(
+            state, rate, bias, e, in_e, scratch_ptr, dt_ptr, x_ptr, B_ptr, dt_stride, x_stride, G * N,
+            first, stop, tiles, N, SOFTPLUS, TILE, TILES, ROWS, BLOCK_E,
         )  # fmt: skip
         tl.debug_barrier()  # lanes may read from scratch what others wrote
-
-        used = in_state & (zero + first < end)
-        grad = tl.load(leaving_ptr + by_channel, mask=used, other=0.0)  # of the state after a token
-        drate = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-        dskip, dbias = tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32)
         for back in range(0, tiles):
             tile = tiles - 1 - back
             t = first + tile * TILE
             left = (stop - t).to(tl.int32)
-            dt_row, x_row, B_row = dt_ptr + t * dt_stride, x_ptr + t * x_stride, B_ptr + t * B_stride
-            dy_row, C_row = dy_ptr + t * dy_stride, C_ptr + t * C_stride
-            dx_row, ddt_row = dx_ptr + t * E, ddt_ptr + t * E
-            dB_row, dC_row = dB_ptr + t * N, dC_ptr + t * N
-            state = tl.load(scratch_ptr + tile * (BLOCK_N * BLOCK_E) + in_tile)
-            raws, steps, values, decays, kept = (), (), (), (), ()
+            raw = load_tokens(dt_ptr, t, dt_stride, left, e, in_e, TILE, True)
+            value = load_tokens(x_ptr, t, x_stride, left, e, in_e, TILE, True)
+            cotangent = load_tokens(dy_ptr, t, dy_stride, left, e, in_e, TILE, True)
+            gates = load_tokens(z_ptr, t, z_stride, left, e, in_e, TILE, HAS_Z)
+            steps, decays, kept = (), (), ()  # kept: decay times the state before
             for k in tl.static_range(TILE):
-                here, keep = in_e & (zero_e + k < left), in_n & (zero_n + k < left)
-                raw = tl.load(dt_row + k * dt_stride + e, mask=here, other=0.0).to(tl.float32) + bias
-                step = time_step(raw, here, SOFTPLUS)
-                value = tl.load(x_row + k * x_stride + e, mask=here, other=0.0).to(tl.float32)
-                key = tl.load(B_row + k * B_stride + n, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_N]
-                decay = tl.exp2(rate * step[None, :])
-                decayed = decay * state
-                state = decayed + key[:, None] * (step * value)[None, :]
-                raws, steps, values = (raw,) + raws, (step,) + steps, (value,) + values  # the last token first
-                decays, kept = (decay,) + decays, (decayed,) + kept
+                row = tl.minimum(t + k, stop - 1) * (G * N)  # beyond the end any token does: the step is 0
+                step = time_step(raw[k].to(tl.float32) + bias, in_e & (zero + k < left), SOFTPLUS)
+                entering = step * value[k].to(tl.float32)
+                steps = steps + (step,)
+                held = ()
+                for r in tl.static_range(TILES):
+                    decay = tl.exp2(rate[r] * step[None, :])
+                    decayed = decay * state[r]
+                    decays, kept = decays + (decay,), kept + (decayed,)
+                    if k < TILE - 1:
+                        held = held + (decayed + load_row(B_ptr + row, r, N, ROWS)[:, None] * entering[None, :],)
+                state = held
+            if tile > 0:  # read for the next round
+                before = scratch_ptr + (tile - 1) * (TILES * ROWS * BLOCK_E)
+                after = load_states(before, own, zero == 0, TILES * ROWS, TILES, ROWS, BLOCK_E)
+            else:
+                after = zero_states(TILES, ROWS, BLOCK_E)
             for i in tl.static_range(TILE):
                 k = TILE - 1 - i
-                here, keep = in_e & (zero_e + k < left), in_n & (zero_n + k < left)
-                key = tl.load(B_row + k * B_stride + n, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_N]
-                query = tl.load(C_row + k * C_stride + n, mask=keep, other=0.0).to(tl.float32)  # [BLOCK_N]
-                weight = tl.load(dy_row + k * dy_stride + e, mask=here, other=0.0).to(tl.float32)  # [BLOCK_E]
-                held = kept[i] + key[:, None] * (steps[i] * values[i])[None, :]
+                row = tl.minimum(t + k, stop - 1) * (G * N)
+                here = in_e & (zero + k < left)
+                at = (t + k) * E + e
+                step, v = steps[TILE - 1 - i], value[TILE - 1 - i].to(tl.float32)
+                weight = cotangent[TILE - 1 - i].to(tl.float32)
+                out = skip * v
                 if HAS_Z:
-                    gate = tl.load(z_ptr + t * z_stride + (k * z_stride + e), mask=here, other=0.0).to(tl.float32)
+                    gate = gates[TILE - 1 - i].to(tl.float32)
                     slope = sigmoid(gate)
-                    out = tl.sum(held * query[:, None], axis=0) + skip * values[i]
-                    dz = weight * out * slope * (1.0 + gate * (1.0 - slope))
-                    tl.store(dz_ptr + t * E + (k * E + e), dz.to(dz_ptr.dtype.element_ty), mask=here)
+                    tilted = weight * slope * (1.0 + gate * (1.0 - slope))
                     weight = weight * gate * slope
-                grad, drate, dquery, dkey, dstep, dx = cross_token(
-                    grad, drate, weight, key, query, held, kept[i], decays[i], rate, skip, raws[i], steps[i], values[i],
-                    SOFTPLUS,
-                )  # fmt: skip
-                dquery += tl.load(dC_row + k * N + n, mask=keep & (zero_n < block), other=0.0)
-                dkey += tl.load(dB_row + k * N + n, mask=keep & (zero_n < block), other=0.0)
-                tl.store(dC_row + k * N + n, dquery, mask=keep)
-                tl.store(dB_row + k * N + n, dkey, mask=keep)
-                tl.store(ddt_row + k * E + e, dstep.to(ddt_ptr.dtype.element_ty), mask=here)
-                tl.store(dx_row + k * E + e, dx.to(dx_ptr.dtype.element_ty), mask=here)
-                dskip += weight * values[i]
-                dbias += tl.where(here, dstep, 0.0)
-        tl.store(leaving_ptr + by_channel, drate, mask=in_state)
-        if HAS_D:
-            tl.store(dD_ptr + slot.to(tl.int64) * E + e, dskip, mask=in_e)
-        if HAS_BIAS:
-            tl.store(dbias_ptr + slot.to(tl.int64) * E + e, dbias, mask=in_e)
-        tl.debug_barrier()  # the next block reads the shares that this one wrote
+                entered, crossed = tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32)
+                entering = step * v
+                lower, sums = (), ()
+                for r in tl.static_range(TILES):
+                    key, query = load_row(B_ptr + row, r, N, ROWS), load_row(C_ptr + row, r, N, ROWS)
+                    decayed = kept[(TILE - 1 - i) * TILES + r]
+                    held = decayed + key[:, None] * entering[None, :]
+                    if HAS_Z:
+                        out += tl.sum(held * query[:, None], axis=0)
+                    part = grad[r] + query[:, None] * weight[None, :]
+                    both = tl.join(held * weight[None, :], part * entering[None, :])
+                    dquery, dkey = tl.split(tl.sum(both, axis=1))  # [ROWS]
+                    entered += tl.sum(part * key[:, None], axis=0)  # gradient of dt x
+                    crossing = part * decayed
+                    crossed += tl.sum(crossing * rate[r], axis=0)
+                    sums = sums + (drate[r] + crossing * step[None, :],)
+                    lower = lower + (part * decays[(TILE - 1 - i) * TILES + r],)
+                    n = r * ROWS + tl.arange(0, ROWS)
+                    live = (n < N) & (tl.zeros([ROWS], tl.int32) + k < left)
+                    tl.store(dC_ptr + (t + k + shift) * N + n, dquery, mask=live)
+                    tl.store(dB_ptr + (t + k + shift) * N + n, dkey, mask=live)
+                grad, drate = lower, sums
+                dstep = crossed * LN2 + v * entered
+                if SOFTPLUS:
+                    dstep = dstep * sigmoid(raw[TILE - 1 - i].to(tl.float32) + bias)
+                dstep = tl.where(here, dstep, 0.0)
+                if HAS_Z:
+                    tl.store(dz_ptr + at, (tilted * out).to(dz_ptr.dtype.element_ty), mask=here)
+                tl.store(ddt_ptr + at, dstep.to(ddt_ptr.dtype.element_ty), mask=here)
+                tl.store(dx_ptr + at, (step * entered + skip * weight).to(dx_ptr.dtype.element_ty), mask=here)
+                dskip += weight * v
+                dbias += dstep
+            state = after
+        tl.debug_barrier()  # the next chunk writes where this one reads
+    if SPLIT:
+        store_states(arriving_ptr + segment.to(tl.int64) * E * N, grad, e, in_e, N, TILES, ROWS, BLOCK_E)
+    store_states(dA_ptr, drate, e, in_e, N, TILES, ROWS, BLOCK_E)
+    if HAS_INITIAL:
+        begins = in_e & (zero + begin == start)
+        store_states(dinitial_ptr + sequence * E * N, grad, e, begins, N, TILES, ROWS, BLOCK_E)
+    if HAS_D:
+        tl.store(dD_ptr + e, dskip, mask=in_e)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + e, dbias, mask=in_e)

@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 
 from zoo.ops.selective_scan import triton_path
-from zoo.ops.selective_scan.kernels.carry import carry_kernel, link_kernel
+from zoo.ops.selective_scan.kernels import tuning
+from zoo.ops.selective_scan.kernels.carry import link_kernel, summary_kernel
 from zoo.ops.selective_scan.kernels.forward import scan_kernel
 from zoo.ops.selective_scan.kernels.tuning import Blocks, blocks_for, segment_length
 from zoo.ops.semiseparable.kernels.launch import contiguous, on_device
@@ -76,9 +77,14 @@ class Call:
         """Constants that the kernels over segments share."""
         return {
             "E": self.x.shape[2], "G": self.B.shape[2], "N": self.B.shape[3], "PACKED": self.cu_seqlens is not None,
-            "HAS_BIAS": self.dt_bias is not None, "SOFTPLUS": self.dt_softplus, "CHUNK": triton_path.CHUNK,
-            "TILE": self.blocks.tile, "BLOCK_N": self.blocks.n, "BLOCK_E": self.blocks.e, "num_warps": 1,
-        }  # fmt: skip
+            "HAS_BIAS": self.dt_bias is not None, "SOFTPLUS": self.dt_softplus, "TILE": self.blocks.tile,
+        } | self.tiles  # fmt: skip
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        """Constants of the state's tiles."""
+        blocks = self.blocks
+        return {"TILES": blocks.tiles, "ROWS": blocks.rows, "BLOCK_E": blocks.e, "num_warps": blocks.warps}
 
 
 def prepare(
@@ -93,19 +99,22 @@ def prepare(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     dt_softplus: bool,
+    *,
+    table: dict[int, Blocks],
 ) -> Call:
+    """table: AHEAD or BACK of the tuning."""
     batch, tokens, channels = x.shape
     groups, state = B.shape[2:]
-    blocks = blocks_for(state)
+    blocks = blocks_for(table, state)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     cu_seqlens = contiguous(cu_seqlens)
     rows = batch if cu_seqlens is None else 1
-    size = segment_length(rows, tokens, groups * int(triton.cdiv(channels // groups, blocks.e)))
+    size = segment_length(rows, tokens, groups * int(triton.cdiv(channels // groups, blocks.e)), blocks)
     gate = None if z is None else flat(z)
     A, D, dt_bias = single(A), None if D is None else single(D), None if dt_bias is None else single(dt_bias)
     return Call(
-        flat(x), flat(dt), A, flat(B), flat(C), D, gate, dt_bias, contiguous(initial_state), cu_seqlens, dt_softplus,
-        sequences, cut(tokens, sequences, size, cu_seqlens), blocks,
+        flat(x), flat(dt), A, single(B), single(C), D, gate, dt_bias, contiguous(initial_state), cu_seqlens,
+        dt_softplus, sequences, cut(tokens, sequences, size, cu_seqlens), blocks,
     )  # fmt: skip
 
 
@@ -126,42 +135,20 @@ def arriving(call: Call, value: Tensor, key: Tensor, given: Tensor | None, *, re
     value, key: x and B, or dy and C in reverse. given: initial states or gradients of the final ones [S,E,N].
     """
     channels, state = call.x.shape[2], call.B.shape[3]
-    segments = call.segments
+    segments, gate = call.segments, call.z if reverse else None
     carried = torch.empty((segments.total, channels, state), dtype=torch.float32, device=value.device)
     elapsed = torch.empty((segments.total, channels), dtype=torch.float32, device=value.device)
-    carry(call, value, key, carried, elapsed=elapsed, reverse=reverse)
+    summary_kernel[(call.programs,)](
+        value, call.dt, gate, key, call.A, call.dt_bias, segments.owner, call.cu_seqlens, carried, elapsed,
+        value.shape[1], segments.each, segments.size, value.stride(1), call.dt.stride(1),
+        0 if gate is None else gate.stride(1), HAS_Z=gate is not None, REVERSE=reverse, **call.sizes,
+    )  # fmt: skip
     link_kernel[(call.sequences * triton.cdiv(channels, call.blocks.e),)](
         call.A, given, elapsed, call.cu_seqlens, carried, value.shape[1], segments.each, segments.size,
         E=channels, N=state, HAS_GIVEN=given is not None, PACKED=call.cu_seqlens is not None, REVERSE=reverse,
-        BLOCK_N=call.blocks.n, BLOCK_E=call.blocks.e, num_warps=1,
+        **call.tiles,
     )  # fmt: skip
     return carried
-
-
-def carry(
-    call: Call,
-    value: Tensor,
-    key: Tensor,
-    carried: Tensor,
-    *,
-    reverse: bool,
-    elapsed: Tensor | None = None,
-    given: Tensor | None = None,
-    arrived: Tensor | None = None,
-    last: Tensor | None = None,
-) -> None:
-    """Run `carry_kernel`: a summary of every segment if `elapsed` is there to fill, else what stands at chunk ends.
-
-    arrived: from `arriving`, if segments are several. last: filled with what comes out of every sequence.
-    """
-    gate = call.z if reverse else None
-    carry_kernel[(call.programs,)](
-        value, call.dt, gate, key, call.A, call.dt_bias, given, arrived, call.segments.owner, call.cu_seqlens,
-        carried, elapsed, last, value.shape[1], call.segments.each, triton.cdiv(value.shape[1], triton_path.CHUNK),
-        call.segments.size, value.stride(1), call.dt.stride(1), 0 if gate is None else gate.stride(1),
-        *key.stride()[1:3], HAS_Z=gate is not None, HAS_GIVEN=given is not None, SPLIT=arrived is not None,
-        REVERSE=reverse, SUMMARY=elapsed is not None, STORE_LAST=last is not None, **call.sizes,
-    )  # fmt: skip
 
 
 def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +156,7 @@ def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     Arguments as in `selective_scan_triton`.
     """
-    call = prepare(*inputs)
+    call = prepare(*inputs, table=tuning.AHEAD)
     x, state = call.x, call.B.shape[3]
     batch, tokens, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -182,8 +169,7 @@ def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
             call.segments.owner, call.cu_seqlens, y, states, final,
             tokens, call.segments.each, call.segments.size,
             x.stride(1), call.dt.stride(1), 0 if call.z is None else call.z.stride(1),
-            *call.B.stride()[1:3], *call.C.stride()[1:3],
             HAS_D=call.D is not None, HAS_Z=call.z is not None, HAS_INITIAL=call.initial_state is not None,
-            SPLIT=entering is not None, **call.sizes,
+            SPLIT=entering is not None, CHUNK=triton_path.CHUNK, **call.sizes,
         )  # fmt: skip
     return y, final, states

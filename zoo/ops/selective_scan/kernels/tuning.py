@@ -8,47 +8,66 @@ import triton
 
 from zoo.ops.selective_scan import triton_path
 
-LANES = 32  # every program is one warp
-FEW = 528  # programs: one for each of the 4 schedulers of 132 multiprocessors
-MANY = 2112  # programs that hide the time of reads behind each other
-SHORTEST_SEGMENT = 256  # tokens; cutting computes every exponential twice, and is not worth less
+LANES = 32
+PROCESSORS = 132
+SHARES = 64 << 20  # bytes for the shares of dB and dC, where the backward can take a sequence in slabs
+SHORTEST_SEGMENT = 256  # tokens; cutting computes every exponential once more, and is not worth less
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of tiles [n states, e channels]. tile: tokens that the scan reads together; back_tile: the backward."""
+    """Sizes of a kernel: `tiles` tiles of [rows states, e channels] in a program of `warps`; tokens of a `tile`.
 
-    n: int
+    resident: warps that a multiprocessor holds at the kernel's registers.
+    """
+
+    tiles: int
+    rows: int
     e: int
     tile: int
-    back_tile: int
+    warps: int
+    resident: int
 
 
-def blocks_for(state: int) -> Blocks:
-    """Tiles for N states of a channel: 16 elements of the state in a lane while that is possible.
+# N up to: forward and summaries; backward. A lane holds 4 states of a tile's rows, and as many tiles as there are.
+AHEAD = {
+    16: Blocks(tiles=4, rows=4, e=32, tile=8, warps=1, resident=12),
+    32: Blocks(tiles=4, rows=8, e=32, tile=4, warps=1, resident=8),
+    64: Blocks(tiles=2, rows=32, e=16, tile=4, warps=1, resident=8),
+    256: Blocks(tiles=1, rows=256, e=8, tile=2, warps=2, resident=8),
+}
+BACK = {
+    16: Blocks(tiles=1, rows=16, e=32, tile=4, warps=1, resident=8),
+    32: Blocks(tiles=1, rows=32, e=16, tile=4, warps=1, resident=8),
+    64: Blocks(tiles=1, rows=64, e=16, tile=4, warps=2, resident=8),
+    256: Blocks(tiles=1, rows=256, e=8, tile=2, warps=4, resident=8),
+}
 
-    A backward program holds decays and states of `back_tile` tokens in registers, 64 elements of each in a lane.
+
+def blocks_for(table: dict[int, Blocks], state: int) -> Blocks:
+    """Sizes for N states of a channel from AHEAD or BACK; fewer states than a row of the table have fewer rows."""
+    found = table[min(limit for limit in table if state <= limit)]
+    padded = max(4, int(triton.next_power_of_2(state)))
+    while found.tiles * found.rows > padded:
+        tiles, rows = (found.tiles // 2, found.rows) if found.tiles > 1 else (1, found.rows // 2)
+        found = Blocks(tiles, rows, found.e, found.tile, found.warps, found.resident)
+    return found
+
+
+def segment_length(rows: int, tokens: int, programs: int, blocks: Blocks) -> int:
+    """Tokens of a segment, a multiple of CHUNK, so that rows * segments * programs fill the device once.
+
+    A sequence stays whole if its programs alone come to half of what the device holds.
     """
-    n = max(4, int(triton.next_power_of_2(state)))
-    e = max(8, min(LANES, 512 // n))
-    return Blocks(n, e, 8 if n <= 64 else 4, max(1, min(8, 64 * LANES // (n * max(e, 16)))))
+    whole = int(triton.cdiv(tokens, triton_path.CHUNK)) * triton_path.CHUNK
+    held = PROCESSORS * blocks.resident // blocks.warps
+    if 2 * rows * programs > held:
+        return whole
+    length = triton.cdiv(tokens, held // (rows * programs))
+    return min(whole, max(SHORTEST_SEGMENT, int(triton.cdiv(length, triton_path.CHUNK)) * triton_path.CHUNK))
 
 
-def segment_length(rows: int, tokens: int, channel_blocks: int) -> int:
-    """Tokens of a segment, a multiple of CHUNK, so that rows * segments * channel_blocks programs fill the device."""
-    whole = triton.cdiv(tokens, triton_path.CHUNK) * triton_path.CHUNK
-    programs = rows * channel_blocks
-    if programs >= FEW:
-        return int(whole)
-    length = triton.cdiv(tokens, triton.cdiv(MANY, programs))
-    return int(min(whole, max(SHORTEST_SEGMENT, triton.cdiv(length, triton_path.CHUNK) * triton_path.CHUNK)))
-
-
-def parts_of_group(rows: int, blocks: int) -> tuple[int, int]:
-    """Parts that the channel blocks of a group fall into, and blocks of each part.
-
-    rows: chunks times groups. A part keeps one share of dB and dC in memory, so parts are as few as fill the device.
-    """
-    parts = min(blocks, max(int(triton.cdiv(blocks, 16)), int(triton.cdiv(2 * MANY, max(1, rows)))))
-    loops = int(triton.cdiv(blocks, parts))
-    return int(triton.cdiv(blocks, loops)), loops
+def slab_length(segment: int, row: int) -> int:
+    """Tokens of a slab of a segment, a multiple of CHUNK. row: bytes of shares for one token of every segment."""
+    fit = SHARES // row // triton_path.CHUNK * triton_path.CHUNK
+    return min(segment, max(SHORTEST_SEGMENT, triton_path.CHUNK, fit))
