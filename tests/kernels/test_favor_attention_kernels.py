@@ -122,6 +122,22 @@ def test_half_precision_stays_within_budget(name: str, dtype: torch.dtype, devic
     check(inputs(device, **sizes, **options), dtype, **options)
 
 
+@pytest.mark.parametrize("name", ["one-token", "chunk-and-one", "hyperbolic", "padded", "packed", "packed-relu"])
+def test_the_bfloat16_walks_stay_within_budget(name: str, device: str) -> None:
+    sizes, options = CASES[name]
+    check(inputs(device, **sizes, **options), torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize("weights", ["single", "half", "split"])
+def test_every_form_of_the_weights_stays_within_budget(
+    weights: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zoo.ops.favor_attention.kernels import walk_launch
+
+    monkeypatch.setitem(walk_launch.TABLE, "weights", weights)
+    check(inputs(device, 70, batch=1, heads=2, groups=1, state=True), torch.bfloat16)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1000, 4096])
@@ -166,6 +182,16 @@ def test_keys_that_outgrow_all_earlier_ones_neither_overflow_nor_lose_digits(dev
     assert verdict.ok, f"{verdict}"
     # the backward knows sums of weights by their logarithms, which have an absolute rounding error
     assert relative_rms(ours["v"], exact["v"]) < float(logs.abs().max()) * torch.finfo(torch.float32).eps
+    assert all(bool(value.isfinite().all()) for value in ours.values())
+
+
+def test_bfloat16_keys_that_outgrow_all_earlier_ones_close_runs_and_lose_nothing(device: str) -> None:
+    given = {n: x.bfloat16() if n in "qkv" else x for n, x in outgrowing(device, 40).items()}
+    exact = run({name: value.double() for name, value in given.items()}, "reference")
+    plain, ours = run(given, "chunked"), run(given, "triton")
+    for name in ("y", "v"):
+        verdict = judge(ours[name], exact[name], plain[name], torch.bfloat16)
+        assert verdict.ok, f"{name}: {verdict}"
     assert all(bool(value.isfinite().all()) for value in ours.values())
 
 

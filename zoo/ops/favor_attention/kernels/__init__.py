@@ -8,4 +8,6 @@ A weight exp(reader_ir + writer_jr) is the product of exp(reader_ir + top_r) and
 the running maximum of the writers. Inside a chunk it is that of the chunk's first writer and all before, and a chunk
 ends before a writer that would outgrow it by more than exp(LIMIT): no sum overflows, a product that underflows is below
 1e-20 of its row's largest, and no row depends on what comes after it.
+
+In bfloat16 the causal kernels are `walk_read` and `walk_gradient`: the same sums with a scale that moves seldom.
 """

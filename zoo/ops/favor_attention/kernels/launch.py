@@ -12,6 +12,7 @@ from torch import Tensor
 from zoo.ops.favor_attention.kernels.causal_gradient import causal_gradient_kernel
 from zoo.ops.favor_attention.kernels.causal_read import causal_read_kernel
 from zoo.ops.favor_attention.kernels.rows import combine_kernel, delta_kernel
+from zoo.ops.favor_attention.kernels.walk_launch import gradient_walk, read_walk, serves, walk_of
 from zoo.ops.favor_attention.kernels.whole import whole_gradient_kernel, whole_read_kernel, whole_sum_kernel
 from zoo.ops.semiseparable.kernels.launch import OPERANDS, contiguous, flat, on_device, strides
 
@@ -100,9 +101,11 @@ def forward(
     log_total = torch.empty(q.shape[:3], dtype=torch.float32, device=v.device)
     state = empty_like_state(call, v.device)
     with on_device(v):
-        if causal:
-            initial = contiguous(initial_state)
-            causal_read(call, q, k, v, None, initial, state, y, log_total)
+        if causal and serves(q.shape[3], v.shape[3], v.dtype):
+            walk = walk_of(k, projection, spans[0], spans[1], call.heads, v.shape[3], relu, feature_eps)
+            read_walk(walk, q, k, v, None, contiguous(initial_state), state, y, log_total)
+        elif causal:
+            causal_read(call, q, k, v, None, contiguous(initial_state), state, y, log_total)
         else:
             whole_sum(call, k, v, None, None, None, state)
             whole_read(call, q, state, y, log_total, reverse=False)
@@ -130,7 +133,12 @@ def backward(
         delta_kernel[(triton.cdiv(rows, ROWS),)](
             dy, y.contiguous(), dlog.contiguous(), delta, rows, P=channels, ROWS=ROWS, BLOCK_P=block_p
         )
-        if causal:
+        if causal and serves(q.shape[3], channels, v.dtype):
+            walk = walk_of(k, projection, spans[0], spans[1], call.heads, channels, relu, feature_eps)
+            dq = gradient_walk(walk, q, k, dy, v, log_total, delta, initial, last, reverse=False)
+            dk = gradient_walk(walk, k, q, v, dy, log_total, delta, first, last, reverse=True)
+            dv = by_group(read_walk(walk, k, q, dy, log_total, first, last, None, None), v)
+        elif causal:
             dq = causal_gradient(call, q, k, dy, v, log_total, delta, initial, last, reverse=False)
             dk = causal_gradient(call, k, q, v, dy, log_total, delta, first, last, reverse=True)
             dv = causal_read(call, k, q, dy, log_total, first, last, None, None)

@@ -54,3 +54,17 @@ def delta_kernel(
     y = tl.load(y_ptr + row[:, None] * P + p[None, :], mask=mask, other=0.0).to(tl.float32)
     dlog = tl.load(dlog_ptr + row, mask=in_rows, other=0.0)
     tl.store(delta_ptr + row, tl.sum(dy * y, axis=1) - dlog, mask=in_rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def half_square_kernel(
+    x_ptr, half_ptr,  # [BT,G,N], [BT,G] float32
+    rows, scale, stride_t, stride_h, G: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program owns ROWS rows of [BT,G]: |x|^2 scale."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, BLOCK_N)
+    in_rows = row < rows
+    at = row // G * stride_t + row % G * stride_h
+    x = tl.load(x_ptr + at[:, None] + n[None, :], mask=in_rows[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+    tl.store(half_ptr + row, tl.sum(x * x, axis=1) * scale, mask=in_rows)
