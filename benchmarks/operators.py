@@ -26,7 +26,7 @@ from benchmarks import peers  # noqa: E402
 from benchmarks.operator_rows import ROWS, Row, Work  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-WARM_PROCESSES = 10
+WARM_PROCESSES = 15
 COPY_RATE = 4.268e12  # bytes per second of the H200, read and written
 RATE = 600e12  # FLOP per second of bf16 products
 
@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.15, help="measuring time of one number")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "benchmarks/results")))
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--backend", action="append", help="backends of ours to time; all of a row by default")
+    parser.add_argument("--warm-seconds", type=float, default=240, help="time for compiling in parallel")
     parser.add_argument("--child", choices=("warm", "measure"), help=argparse.SUPPRESS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -79,6 +81,7 @@ def _store(file: Path, found: dict[str, Any]) -> None:
 def _spawn(kind: str, names: list[str], options: argparse.Namespace, **more: Any) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, "--child", kind, "--only", json.dumps(names)]
     command += ["--seconds", str(options.seconds)] + (["--no-peers"] if options.no_peers else [])
+    command += [part for backend in options.backend or [] for part in ("--backend", backend)]
     paths = [str(ROOT), str(ROOT / "specs"), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         command, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "2"}, **more
@@ -89,9 +92,10 @@ def _warm(names: list[str], options: argparse.Namespace) -> None:
     """Compile what the rows need: every process runs its share of the rows once."""
     shares = [names[i::WARM_PROCESSES] for i in range(WARM_PROCESSES)]
     children = [_spawn("warm", share, options, stdout=subprocess.DEVNULL) for share in shares if share]
+    until = time.time() + options.warm_seconds
     for child in children:
         try:
-            child.wait(timeout=240)
+            child.wait(timeout=max(0.1, until - time.time()))
         except subprocess.TimeoutExpired:
             child.kill()
 
@@ -99,7 +103,7 @@ def _warm(names: list[str], options: argparse.Namespace) -> None:
 def _child(options: argparse.Namespace) -> None:
     for name in json.loads(options.only):
         if options.child == "warm":
-            for _, call in _calls(ROWS[name], not options.no_peers):
+            for _, call in _calls(ROWS[name], options):
                 try:
                     work, run = call()
                     _once(run, work)
@@ -111,7 +115,7 @@ def _child(options: argparse.Namespace) -> None:
             print(json.dumps(_measure(name, ROWS[name], options)), flush=True)
 
 
-def _calls(row: Row, with_peers: bool) -> list[tuple[str, Callable[[], tuple[Work, Callable[[], Any]]]]]:
+def _calls(row: Row, options: argparse.Namespace) -> list[tuple[str, Callable[[], tuple[Work, Callable[[], Any]]]]]:
     """(who, function that makes inputs and a call) of every implementation of a row."""
 
     def ours(backend: str) -> tuple[Work, Callable[[], Any]]:
@@ -124,8 +128,9 @@ def _calls(row: Row, with_peers: bool) -> list[tuple[str, Callable[[], tuple[Wor
 
     from functools import partial
 
-    found = [(f"zoo {backend}", partial(ours, backend)) for backend in row.backends]
-    return found + [(peer, partial(theirs, peer)) for peer in row.peers if with_peers]
+    wanted = [backend for backend in row.backends if not options.backend or backend in options.backend]
+    found = [(f"zoo {backend}", partial(ours, backend)) for backend in wanted]
+    return found + [(peer, partial(theirs, peer)) for peer in row.peers if not options.no_peers]
 
 
 def _output(run: Callable[[], Any]) -> Tensor:
@@ -157,7 +162,7 @@ def _measure(name: str, row: Row, options: argparse.Namespace) -> dict[str, Any]
 
     device, timings = torch.device("cuda"), []
     moved: tuple[float, float] = (0.0, 0.0)
-    for who, make in _calls(row, not options.no_peers):
+    for who, make in _calls(row, options):
         entry: dict[str, Any] = {"who": who}
         try:
             work, run = make()
