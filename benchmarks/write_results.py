@@ -20,7 +20,7 @@ Written by `python benchmarks/write_results.py` from `benchmarks/results/`, whic
 events in milliseconds after warm-up, the L2 cache flushed before each sample. `f+b`: forward and backward to every
 differentiable input. `graph`: the same calls inside a CUDA graph, without launches. `asked`: the targets of one H200;
 `H200 peer`: the best peer's figures there. A copy on the H200 moves 4,268 GB/s, on an H100 about 2,900: rows that are
-bound by memory take 1.5 times as long on an H100, rows bound by products 1.14 times (the peers' SSD: 1.138 against
+bound by memory take up to 1.5 times as long on an H100, rows bound by products 1.14 times (the peer of SSD: 1.138 against
 1.296 ms). `floor`: least bytes over 4,268 GB/s.
 """
 

@@ -52,9 +52,11 @@ def backward(
     chunks = chunks_of(x, cu_seqlens, CHUNK)
     s, r = decay_sums(chunks, dt, A, dt_bias, has_softplus, limits)
     S, R, _, dstart = sweep(chunks, x, dy, B, C, s, r, start, dfinal, SWEEP)
-    dx = values(chunks, dy, B, C, s, r, R, D, VALUES)
     K, row, col, skip = pairs(chunks, x, dy, B, C, s, r, D is not None, PAIRS)
     dB, dC, read, kept, flow = keys(chunks, x, dy, B, C, s, r, S, R, K, KEYS)
+    del S, K  # before dx takes as much
+    dx = values(chunks, dy, B, C, s, r, R, D, VALUES)
+    del R
     ddt, sums = decays(
         chunks, dt, A, dt_bias, has_softplus, limits, row, col, kept, read, None if D is None else skip, flow
     )
