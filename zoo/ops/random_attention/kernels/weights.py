@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.primitives import exp
 from zoo.ops.random_attention.kernels.tiles import row_block
 from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous
 
@@ -31,16 +32,16 @@ def _row_weights(
         logits = tl.load(table_at + j, mask=j < stop, other=float("-inf")).to(tl.float32)
         new_tops = tl.maximum(tops, logits)
         level = tl.where(new_tops == float("-inf"), 0.0, new_tops)
-        sums = sums * tl.exp(tops - level) + tl.exp(logits - level)
+        sums = sums * exp(tops - level) + exp(logits - level)
         tops = new_tops
     top = tl.max(tops, axis=0)
     top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(sums * tl.exp(tops - top), axis=0)
+    total = tl.sum(sums * exp(tops - top), axis=0)
     scale = 1.0 / tl.where(total > 0.0, total, 1.0)
     for start in range(0, Tk, BLOCK):
         j = start + tl.arange(0, BLOCK)
         logits = tl.load(table_at + j, mask=j < stop, other=float("-inf")).to(tl.float32)
-        weights = tl.exp(logits - top) * scale
+        weights = exp(logits - top) * scale
         tl.store(weights_at + j, weights.to(weights_ptr.dtype.element_ty), mask=j < Tk)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.ops.kernels.primitives import INTERPRETED
+from zoo.ops.kernels.primitives import INTERPRETED, exp
 
 CUT = tl.constexpr(-104.0)  # a log decay below this one is a factor of exactly 0 in float32
 GRAIN = tl.constexpr(2.0**-10)  # sums of a chunk's decays are exact in multiples of it
@@ -99,13 +99,13 @@ def at_end(values, step, CHUNK: tl.constexpr):
 def decay_to_end(coarse, fine, cuts, step, CHUNK: tl.constexpr):
     """Factor [CHUNK] from each token to the end of the chunk; masked before the exponential."""
     difference = (at_end(coarse, step, CHUNK) - coarse) + (at_end(fine, step, CHUNK) - fine)
-    return tl.exp(tl.where(cuts == at_end(cuts, step, CHUNK), difference, float("-inf")))
+    return exp(tl.where(cuts == at_end(cuts, step, CHUNK), difference, float("-inf")))
 
 
 @triton.jit
 def decay_from_start(coarse, fine, cuts):
     """Factor [CHUNK] from before the chunk to each token; 0 after a zero factor."""
-    return tl.exp(tl.where(cuts == 0, coarse + fine, float("-inf")))
+    return exp(tl.where(cuts == 0, coarse + fine, float("-inf")))
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def pair_decay(coarse, fine, cuts, step, HAS_DECAY: tl.constexpr, TRANSPOSED: tl
         difference = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     if HAS_DECAY:
         linked = causal & (cuts[:, None] == cuts[None, :])
-        factor = tl.exp(tl.where(linked, difference, float("-inf")))
+        factor = exp(tl.where(linked, difference, float("-inf")))
     else:
         factor = causal.to(tl.float32)
     return factor
