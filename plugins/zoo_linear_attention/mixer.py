@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from zoo.ops.in_place import steps_in_place
+from zoo.ops.in_place import may_overwrite, steps_in_place
 from zoo.ops.linear_attention import flops as linear_attention_flops
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.linear_attention.feature_map import features
@@ -91,7 +91,7 @@ class LinearAttentionMixer(SequenceMixer):
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
-        if donate and state is not None and not torch.is_grad_enabled():
+        if donate and state is not None and may_overwrite(state.sums):
             sums = state.sums.copy_(sums)
         y = self.out_proj(mixed.flatten(2))
         if padding_mask is not None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo.ops.in_place import steps_in_place
+from zoo.ops.in_place import may_overwrite, steps_in_place
 from zoo.ops.selective_scan import flops as scan_flops
 from zoo.ops.selective_scan import mixing_matrix, selective_scan
 from zoo.ops.selective_scan.step import selective_scan_step
@@ -111,7 +111,7 @@ class MambaMixer(SequenceMixer):
             backend=self.backend,
         )
         after = MambaState(conv, ssm)
-        if donate and state is not None and not torch.is_grad_enabled():
+        if donate and state is not None and may_overwrite(state.conv, state.ssm):
             after = MambaState(state.conv.copy_(conv), state.ssm.copy_(ssm))
         return self.out_proj(y), after
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo.ops.cauchy import flops as cauchy_flops
+from zoo.ops.in_place import may_overwrite
 from zoo.ops.long_convolution import flops as convolution_flops
 from zoo.ops.long_convolution.triton_path import LONGEST
 from zoo.ops.state_space import state_space_scan
@@ -94,7 +95,7 @@ class S4Mixer(StateSpaceLayer):
         else:
             assert matrices is not None
             y, ssm = self._scan(x, matrices, C, state.ssm, cu_seqlens)
-        if donate and not grad:
+        if donate and may_overwrite(state.ssm):
             ssm = state.ssm.copy_(ssm)
         return self._finish(y), S4State(ssm, state.readout)
 

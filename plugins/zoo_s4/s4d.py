@@ -9,7 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from zoo.ops.in_place import kernel_steps, steps_in_place
+from zoo.ops.in_place import kernel_steps, may_overwrite, steps_in_place
 from zoo.ops.lti import flops as lti_flops
 from zoo.ops.lti import lti_scan
 from zoo.ops.lti.step import lti_scan_step
@@ -89,7 +89,7 @@ class S4dMixer(StateSpaceLayer):
         ssm = final[:, : config.d_model]
         if config.real:
             ssm = ssm[..., 0].contiguous()
-        if donate and state is not None and not torch.is_grad_enabled():
+        if donate and state is not None and may_overwrite(state.ssm):
             ssm = state.ssm.copy_(ssm)
         return self._finish(y), S4dState(ssm)
 

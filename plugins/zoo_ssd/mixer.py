@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo.ops.in_place import steps_in_place
+from zoo.ops.in_place import may_overwrite, steps_in_place
 from zoo.ops.norm import flops as norm_flops
 from zoo.ops.norm import gated_rms_norm
 from zoo.ops.short_convolution import flops as convolution_flops
@@ -128,7 +128,7 @@ class SsdMixer(SequenceMixer):
             backend=self.backend,
         )
         after = SsdState(conv, ssm)
-        if donate and state is not None and not torch.is_grad_enabled():
+        if donate and state is not None and may_overwrite(state.conv, state.ssm):
             after = SsdState(state.conv.copy_(conv), state.ssm.copy_(ssm))
         return self._finish(y.flatten(2), gates), after
 

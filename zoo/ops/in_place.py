@@ -27,6 +27,16 @@ def expect_in_place(op: str, scan: str, state: Tensor, dtype: torch.dtype, *inpu
         raise StateError(f"state {list(state.shape)} is expanded: its rows share memory, and a step would mix them")
 
 
+def may_overwrite(*leaves: Tensor) -> bool:
+    """Whether the leaves of a donated state can be written to now.
+
+    Not under gradients, not if elements share memory, and not outside inference mode if they were made in it.
+    """
+    return not torch.is_grad_enabled() and not any(
+        _overlaps(leaf) or (leaf.is_inference() and not torch.is_inference_mode_enabled()) for leaf in leaves
+    )
+
+
 def steps_in_place(
     op: str,
     backend: str,
@@ -46,9 +56,8 @@ def steps_in_place(
         donate
         and x.shape[1] == 1
         and cu_seqlens is None
-        and not torch.is_grad_enabled()
+        and may_overwrite(state)
         and state.dtype == (accumulation_dtype(x.dtype) if dtype is None else dtype)
-        and not _overlaps(state)
         and (backend == "auto" or backend in backends(op))
     )
 
@@ -63,4 +72,6 @@ def kernel_steps(op: str, backend: str, x: Tensor, facts: dict[str, int]) -> boo
 
 
 def _overlaps(state: Tensor) -> bool:
-    return any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True))
+    return not state.is_contiguous() and any(
+        stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)
+    )
