@@ -35,8 +35,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Row:
-    """make: device -> Work. backends: ours to time. target: ms asked of ours (fwd, f+b). peer: the best
-    peer's.
+    """make: device -> Work. backends: ours to time. target: ms asked of ours (fwd, f+b). peer: the best peer's ms.
 
     peers: functions of `benchmarks.peers` by name; each takes the inputs and returns a call.
     """
@@ -373,7 +372,9 @@ ROWS: dict[str, Row] = {
     "short_convolution": Row(convolution(8, 4096), (0.17, 0.55), (0.173, 0.692)),
     "gated_rms_norm": Row(norm(32768, 4096), (0.195, 0.60), (0.192, 0.719), peers=("mamba_norm",)),
     "ssd layer d2048 B8 T4096": Row(layer("ssd", 8, 4096, 2048), (3.0, 9.9), (3.829, 14.04)),
-    "softmax_attention B8 T4096": Row(attention(8, 4096), (None, None), (1.008, 4.074), ("sdpa", "triton")),
+    "softmax_attention B8 T4096": Row(
+        attention(8, 4096), (None, None), (1.008, 4.074), ("sdpa", "triton"), ("sdpa_cudnn",)
+    ),
     "lti_scan B8 D2048 T4096": Row(lti(8, 2048, 4096), (0.35, 1.2), (1.612, 3.994), LTI),
     "lti_scan B2 D2048 T16384": Row(lti(2, 2048, 16384), (0.30, 1.1), (2.861, 8.595), LTI),
     "lti_scan B1 D1024 T65536": Row(lti(1, 1024, 65536), (0.30, 1.1), (4.948, 12.86), LTI),

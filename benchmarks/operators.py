@@ -28,7 +28,6 @@ from torch import Tensor  # noqa: E402
 
 WARM_PROCESSES = 15
 COPY_RATE = 4.268e12  # bytes per second of the H200, read and written
-RATE = 600e12  # FLOP per second of bf16 products
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ Written by `python benchmarks/write_results.py` from `benchmarks/results/`, whic
 events in milliseconds after warm-up, the L2 cache flushed before each sample. `f+b`: forward and backward to every
 differentiable input. `graph`: the same calls inside a CUDA graph, without launches. `asked`: the targets of one H200;
 `H200 peer`: the best peer's figures there. A copy on the H200 moves 4,268 GB/s, on an H100 about 2,900: rows that are
-bound by memory take up to 1.5 times as long on an H100, rows bound by products 1.14 times (the peer of SSD: 1.138 against
-1.296 ms). `floor`: least bytes over 4,268 GB/s.
+bound by memory take up to 1.5 times as long on an H100, rows bound by products 1.14 times (the peer of SSD: 1.138
+against 1.296 ms). `floor`: least bytes over 4,268 GB/s.
 """
 
 
@@ -45,7 +45,7 @@ def _about(about: dict[str, Any]) -> str:
 
 
 def _tests(found: dict[str, Any]) -> Iterator[str]:
-    yield f"### Kernel tests and conformance\n\n{found.get('about', '')}\n"
+    yield f"### Kernel tests and conformance\n\n{found['device']}\n"
     yield "| step | group | passed | skipped | failed |\n|---|---|---|---|---|"
     for step, outcome in found["steps"].items():
         for group, counts in outcome.get("counts", {}).items():
@@ -61,6 +61,8 @@ def _operators(found: dict[str, Any]) -> Iterator[str]:
         "extra MiB f+b |\n|---|---|---|---|---|---|---|---|---|"
     )
     for row in found["rows"]:
+        if "error" in row:
+            yield f"| {row['row']} | {row['error']} | | | | | | | |"
         for entry in row["timings"]:
             if "error" in entry:
                 yield f"| {row['row']} | {entry['who']} | {entry['error'][:80]} | | | | | | |"

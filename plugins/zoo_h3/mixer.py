@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from zoo.ops.in_place import kernel_steps, steps_in_place
+from zoo.ops.in_place import kernel_steps, may_overwrite, steps_in_place
 from zoo.ops.lti.system import factored_step, step_factors
 from zoo.ops.lti_attention import flops as plain_flops
 from zoo.ops.lti_attention import kernel_flops, lti_attention
 from zoo.ops.lti_attention.factors import kernel_taps, times, toeplitz
 from zoo.ops.lti_attention.step import lti_attention_step
+from zoo.ops.short_convolution.shift import shift_taps as step_taps
 from zoo.ops.short_convolution.step import convolve_next
 
 from sequence_mixer import Cost, MatrixForm, SequenceMixer, State
@@ -21,6 +22,7 @@ from sequence_mixer.shapes import accumulation_dtype
 from zoo_h3.config import H3Config, capabilities_of
 from zoo_h3.ssm import discretize, initial_modes, inverse_transform, shift_taps, transform
 
+STEP = "short_convolution_step"
 SHIFT_BACKENDS = {"fft": "chunked"}  # so few taps are multiplied one by one under every backend but Triton
 
 
@@ -92,7 +94,7 @@ class H3Mixer(SequenceMixer):
             backend=self.backend,
         )
         after = H3State(shift, ssm)
-        if donate and state is not None and not torch.is_grad_enabled():
+        if donate and state is not None and may_overwrite(state.shift, state.ssm):
             after = H3State(state.shift.copy_(shift), state.ssm.copy_(ssm))
         return self.out_proj(y.flatten(2)), after
 
@@ -184,16 +186,16 @@ class H3Mixer(SequenceMixer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k after the shift SSM, v [B,T,H,P], and the last keys before it [B,D,W-1]."""
         q, k, v = self.in_proj(x).chunk(3, dim=-1)
-        inner = accumulation_dtype(k.dtype)
-        taps = shift_taps(self.shift_B.to(inner), self.shift_C.to(inner), self.shift_D.to(inner))
-        shifted, shift = convolve_next(
-            k,
-            taps.flip(1),
-            None,
-            past,
-            cu_seqlens=cu_seqlens,
-            donate=donate,
-            backend=SHIFT_BACKENDS.get(self.backend, self.backend),
-        )
+        backend = SHIFT_BACKENDS.get(self.backend, self.backend)
+        if (
+            past is not None
+            and steps_in_place(STEP, backend, past, k, donate=donate, cu_seqlens=cu_seqlens, dtype=k.dtype)
+            and kernel_steps(STEP, backend, k, {"width": self.config.taps})
+        ):
+            taps = step_taps(self.shift_B, self.shift_C, self.shift_D)
+        else:
+            inner = accumulation_dtype(k.dtype)
+            taps = shift_taps(self.shift_B.to(inner), self.shift_C.to(inner), self.shift_D.to(inner)).flip(1)
+        shifted, shift = convolve_next(k, taps, None, past, cu_seqlens=cu_seqlens, donate=donate, backend=backend)
         heads = (self.config.heads, self.config.head_dim)
         return q.unflatten(2, heads), shifted.unflatten(2, heads), v.unflatten(2, heads), shift

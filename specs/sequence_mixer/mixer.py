@@ -343,12 +343,16 @@ class SequenceMixer(nn.Module):
             raise LengthError(f"{self.name}: the input has {longest} tokens, max_length is {limit}; build it longer")
 
     def _check_against_parameters(self, x: Tensor) -> None:
-        dtypes, device = set(), None
+        dtypes: set[torch.dtype] = set()
         for parameter in self.parameters():
+            if not dtypes and parameter.device != x.device:
+                device = parameter.device
+                raise DeviceError(
+                    f"x is on {x.device}, the parameters of {self.name} are on {device}; move one of them"
+                )
+            if parameter.dtype == x.dtype:  # one of them is enough: a decode step should not walk through them all
+                return
             dtypes.add(parameter.dtype)
-            device = device or parameter.device
-        if device is not None and device != x.device:
-            raise DeviceError(f"x is on {x.device}, the parameters of {self.name} are on {device}; move one of them")
-        if dtypes and x.dtype not in dtypes and not torch.is_autocast_enabled(x.device.type):
+        if dtypes and not torch.is_autocast_enabled(x.device.type):
             known = ", ".join(sorted(str(dtype) for dtype in dtypes))
             raise DtypeError(f"x is {x.dtype}, the parameters of {self.name} are {known}; cast one, or use autocast")

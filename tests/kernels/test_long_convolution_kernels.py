@@ -222,9 +222,11 @@ def test_the_custom_operators_keep_their_promises(device: str) -> None:
         triton_path.long_convolution_skip, (u_t.detach()[:, :, :4], u_t[:, :, :4].clone(), taps[:, 0])
     )
     torch.library.opcheck(triton_path.long_convolution_toeplitz, (u_t, taps, 1, ends))
+    torch.library.opcheck(triton_path.long_convolution_plain, (x, taps, 1, ends))
     bare = [t.detach() for t in (x, gate, u_t, taps)]
     torch.library.opcheck(triton_path.long_convolution_gates_backward, (bare[2], bare[0], bare[1]))
     torch.library.opcheck(triton_path.long_convolution_toeplitz_backward, (bare[2], bare[2], bare[3], 1, None))
+    torch.library.opcheck(triton_path.long_convolution_plain_backward, (bare[0], bare[2], bare[3], 1, None))
 
 
 @pytest.mark.parametrize("taps", [9, 140])

@@ -63,6 +63,12 @@ def test_every_width_is_within_budget_on_a_gpu(width: int, channels: int) -> Non
     check_ssd(given)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_go_to_the_device_of_their_inputs(dtype: torch.dtype) -> None:
+    check_ssd(ssd_inputs("cuda:1", 300, dtype))
+
+
 @ON_GPU
 def test_few_long_packed_sequences_are_within_budget_on_a_gpu() -> None:
     given = ssd_inputs("cuda", 3000, torch.bfloat16, heads=16, groups=1, width=128, channels=64, sequences=4)

@@ -94,3 +94,16 @@ def test_a_step_is_captured_in_a_cuda_graph(name: str) -> None:
         graph.replay()
     torch.testing.assert_close(y, want_y, rtol=0, atol=0)
     torch.testing.assert_close(state, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("channels", "width"), [(5, 4), (70, 33), (3, 1)])
+def test_taps_of_a_shift_system_are_sums_over_its_lags(channels: int, width: int, device: str) -> None:
+    from zoo.ops.short_convolution.shift import shift_taps
+
+    B, C = (torch.randn(channels, width, device=device) for _ in range(2))
+    skip = torch.randn(channels, device=device)
+    taps = shift_taps(B, C, skip)
+    for lag in range(width):
+        want = (B[:, : width - lag].double() * C[:, lag:].double()).sum(1) + (skip if lag == 0 else 0.0)
+        torch.testing.assert_close(taps[:, width - 1 - lag], want.float(), rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(shift_taps, (B, C, skip))

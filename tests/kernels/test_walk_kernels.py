@@ -69,6 +69,17 @@ def test_ssd_passes_opcheck_and_counts_its_flops(device: str) -> None:
     torch.library.opcheck(ssd_backward, (*cotangents, *plain[:7], True, 0.0, math.inf, plain[7], None))
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_gradients_of_ssd_are_laid_out_as_the_compiler_is_told(device: str, dtype: torch.dtype) -> None:
+    from zoo.ops.ssd.triton_path import ssd_backward
+
+    given = ssd_inputs(device, 5, dtype, heads=2, groups=1)
+    given |= {name: given[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("x", "dt")}
+    plain = [given[name] for name in SSD]
+    arguments = (torch.randn_like(given["x"]), None, *plain[:7], True, 0.0, math.inf, plain[7], None)
+    torch.library.opcheck(ssd_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_linear_attention_passes_opcheck(device: str, normalize: bool) -> None:
     from zoo.ops.linear_attention.walk_path import walk_backward, walk_forward

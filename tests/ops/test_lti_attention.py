@@ -280,6 +280,13 @@ def test_no_tokens_leave_the_state_as_it_was(backend: str) -> None:
     assert not lti_attention(**inputs_of(0, state=False), backend=backend)[1].any()
 
 
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_no_rows_are_served(backend: str) -> None:
+    y, final = lti_attention(**inputs_of(5, batch=0, state=False), backend=backend)
+    assert y.shape == (0, 5, 3, 3)
+    assert final.shape == (0, 3, 4, 2, 3, 3)
+
+
 def test_the_choice_is_recorded() -> None:
     with record_dispatch() as record:
         lti_attention(**inputs_of(3))

@@ -308,6 +308,17 @@ def test_the_operators_of_kernels_keep_their_promises() -> None:
     torch.library.opcheck(torch.ops.zoo.lti_moments.default, (log_a, weights, torch.float64))
 
 
+def test_one_compiled_graph_serves_any_number_of_kernels() -> None:
+    log_a, c = -torch.rand(2, 3, 2), torch.randn(4, 2, 3, 2)
+    torch._dynamo.mark_dynamic(c, 0)
+    leaves = (log_a.requires_grad_(), c.requires_grad_())
+    outcomes = []
+    for fn in (lti_kernel, torch.compile(lti_kernel, backend="aot_eager", fullgraph=True)):
+        outcomes.append(torch.autograd.grad(fn(*leaves, 9).square().sum(), leaves))
+    for plain, compiled in zip(*outcomes, strict=True):
+        torch.testing.assert_close(compiled, plain)
+
+
 def test_autocast_does_not_reach_inside() -> None:
     given = {name: t.float() for name, t in inputs(1, 70).items()}
     plain, _ = lti_scan(**given)

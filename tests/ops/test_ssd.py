@@ -176,11 +176,12 @@ def test_a_split_sequence_passes_its_state_on() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_an_empty_input_returns_its_state(backend: str) -> None:
-    given = inputs_of(0)
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 0), (0, 5)])
+def test_an_empty_input_returns_its_state(backend: str, batch: int, tokens: int) -> None:
+    given = inputs_of(tokens, batch=batch)
     y, final_state = ssd(*(given[key] for key in ("x", "dt", "A", "B", "C")), backend=backend,
                          initial_state=given["initial_state"])  # fmt: skip
-    assert y.shape == (2, 0, 4, 3)
+    assert y.shape == (batch, tokens, 4, 3)
     assert torch.equal(final_state, given["initial_state"])
 
 

@@ -86,7 +86,7 @@ def _(
 @torch.library.custom_op("zoo::linear_attention_backward", mutates_args=())
 def walk_backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -97,7 +97,7 @@ def walk_backward(
     normalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and initial_state; an empty tensor if that is absent."""
+    """Gradients of q, k, v and initial_state; an empty tensor if that is absent. dfinal: None for zeros."""
     from zoo.ops.semiseparable.kernels import walk_launch
 
     return walk_launch.linear_backward(dy, dfinal, q, k, v, initial_state, cu_seqlens, y, rows, normalize, scale)
@@ -106,7 +106,7 @@ def walk_backward(
 @walk_backward.register_fake
 def _(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -117,7 +117,7 @@ def _(
     normalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    state = v.new_empty(0 if initial_state is None else dfinal.shape, dtype=torch.float32)
+    state = v.new_empty(0 if initial_state is None else initial_state.shape, dtype=torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), state
 
 
@@ -127,10 +127,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(*tensors, y if normalize else rows, rows)  # y is read for the normaliser only
     ctx.options = normalize, scale
     ctx.mark_non_differentiable(rows)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor, drows: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, dy: Tensor | None, dfinal: Tensor | None, drows: Tensor | None
+) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
+    if dy is None:
+        q, v = inputs[0], inputs[2]
+        dy = v.new_zeros(*q.shape[:3], v.shape[3])
     dq, dk, dv, dinitial = walk_backward(dy, dfinal, *inputs, *ctx.options)
     return dq, dk, dv, None if inputs[3] is None else dinitial, None, None, None, None
 
@@ -148,7 +154,7 @@ def _forward_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: 
 @flop_formula(torch.ops.zoo.linear_attention_backward)
 def _backward_flops(
     dy: Sequence[int],
-    dfinal: Sequence[int],
+    dfinal: Sequence[int] | None,
     q: Sequence[int],
     k: Sequence[int],
     v: Sequence[int],

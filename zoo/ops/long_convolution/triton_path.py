@@ -37,6 +37,10 @@ def convolve_triton(x: Tensor, call: Convolution) -> Tensor:
     kernel, ahead = call.taps(x.shape[1], x.new_empty(0, dtype=torch.float32))
     taps = kernel.shape[1] + (0 if ahead is None else ahead.shape[1])
     by_transforms = taps > LONGEST[x.dtype] and call.cu_seqlens is None
+    if not by_transforms and call.pre_gate is None and call.post_gate is None:
+        both, reach = both_sides(with_skip(kernel, call.D), ahead, call.reverse_lag)
+        plain: Tensor = long_convolution_plain(x, both, reach, call.cu_seqlens)[0]
+        return plain
     u_t = long_convolution_in(x, call.pre_gate, by_transforms)  # [D,B,T]
     if by_transforms:
         furthest = 0 if ahead is None else ahead.shape[1] - 1 + call.reverse_lag
@@ -46,12 +50,15 @@ def convolve_triton(x: Tensor, call: Convolution) -> Tensor:
         if call.D is not None:
             y_t = long_convolution_skip(y_t, u_t, call.D)
     else:
-        if call.D is not None:
-            kernel = kernel + F.pad(call.D.to(kernel.dtype).unsqueeze(1), (0, kernel.shape[1] - 1))
-        both, reach = both_sides(kernel, ahead, call.reverse_lag)
+        both, reach = both_sides(with_skip(kernel, call.D), ahead, call.reverse_lag)
         y_t = long_convolution_toeplitz(u_t, both, reach, call.cu_seqlens)
     y: Tensor = long_convolution_out(y_t, call.post_gate, x.dtype)
     return y
+
+
+def with_skip(kernel: Tensor, D: Tensor | None) -> Tensor:
+    """Taps [D,W] with the weight [D] of the token itself, if there is one, on the first."""
+    return kernel if D is None else kernel + F.pad(D.to(kernel.dtype).unsqueeze(1), (0, kernel.shape[1] - 1))
 
 
 def both_sides(kernel: Tensor, ahead: Tensor | None, reverse_lag: int) -> tuple[Tensor, int]:
@@ -147,6 +154,51 @@ def _(dy_t: Tensor, u_t: Tensor, taps: Tensor, ahead: int, cu_seqlens: Tensor | 
     return u_t.new_empty(u_t.shape), taps.new_empty(taps.shape)
 
 
+@torch.library.custom_op("zoo::long_convolution_plain", mutates_args=())
+def long_convolution_plain(x: Tensor, taps: Tensor, ahead: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Without gates, in one operator: y [B,T,D] of x and taps [D,W] float32, and x as [D,B,T] for the backward."""
+    from zoo.ops.long_convolution.kernels import gates, launch
+
+    u_t = gates.time_last(x, None, x.dtype)
+    y_t = launch.toeplitz(u_t, taps.contiguous(), ahead, cu_seqlens, mirror=False)
+    return gates.time_first(y_t, None, x.dtype)[0], u_t
+
+
+@long_convolution_plain.register_fake
+def _(x: Tensor, taps: Tensor, ahead: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.shape[2], *x.shape[:2]))
+
+
+@torch.library.custom_op("zoo::long_convolution_plain_backward", mutates_args=())
+def long_convolution_plain_backward(
+    dy: Tensor, u_t: Tensor, taps: Tensor, ahead: int, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and taps."""
+    from zoo.ops.long_convolution.kernels import gates, launch
+
+    dy_t = gates.time_last(dy, None, u_t.dtype)
+    dtaps = launch.tap_gradient(u_t, dy_t, taps.shape[1], ahead, cu_seqlens)
+    du_t = launch.toeplitz(dy_t, taps.contiguous(), ahead, cu_seqlens, mirror=True)
+    return gates.time_first(du_t, None, u_t.dtype)[0], dtaps
+
+
+@long_convolution_plain_backward.register_fake
+def _(dy: Tensor, u_t: Tensor, taps: Tensor, ahead: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    return u_t.new_empty((*u_t.shape[1:], u_t.shape[0])), taps.new_empty(taps.shape)
+
+
+def _save_plain(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, taps, ctx.ahead, cu_seqlens = inputs
+    ctx.save_for_backward(output[1], taps, cu_seqlens)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_plain(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    u_t, taps, cu_seqlens = ctx.saved_tensors
+    return (*long_convolution_plain_backward(dy, u_t, taps, ctx.ahead, cu_seqlens), None, None)
+
+
 def _save_in(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, gate, _ = inputs
     ctx.dtype = x.dtype
@@ -199,13 +251,16 @@ long_convolution_in.register_autograd(_differentiate_in, setup_context=_save_in)
 long_convolution_out.register_autograd(_differentiate_out, setup_context=_save_out)
 long_convolution_skip.register_autograd(_differentiate_skip, setup_context=_save_skip)
 long_convolution_toeplitz.register_autograd(_differentiate_toeplitz, setup_context=_save_toeplitz)
+long_convolution_plain.register_autograd(_differentiate_plain, setup_context=_save_plain)
 for _op, _forward in (
     (long_convolution_in, True),
     (long_convolution_out, True),
     (long_convolution_skip, True),
     (long_convolution_toeplitz, True),
+    (long_convolution_plain, True),
     (long_convolution_gates_backward, False),
     (long_convolution_toeplitz_backward, False),
+    (long_convolution_plain_backward, False),
 ):
     refuse_higher_order(_op, "long_convolution", has_gradient=_forward)
 
@@ -217,4 +272,14 @@ def _toeplitz_flops(u_t: Sequence[int], taps: Sequence[int], *_: Any, **__: Any)
 
 @flop_formula(torch.ops.zoo.long_convolution_toeplitz_backward)
 def _toeplitz_backward_flops(dy_t: Sequence[int], u_t: Sequence[int], taps: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * _toeplitz_flops(u_t, taps)
+
+
+@flop_formula(torch.ops.zoo.long_convolution_plain)
+def _plain_flops(x: Sequence[int], taps: Sequence[int], *_: Any, **__: Any) -> int:
+    return _toeplitz_flops((x[2], *x[:2]), taps)
+
+
+@flop_formula(torch.ops.zoo.long_convolution_plain_backward)
+def _plain_backward_flops(dy: Sequence[int], u_t: Sequence[int], taps: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * _toeplitz_flops(u_t, taps)

@@ -71,7 +71,7 @@ def _(
 @torch.library.custom_op("zoo::lti_scan_backward", mutates_args=())
 def lti_scan_backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     x: Tensor,
     log_a: Tensor,
     c: Tensor,
@@ -81,7 +81,10 @@ def lti_scan_backward(
     cu_seqlens: Tensor | None,
     reverse_lag: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, log_a, c, skip, c_reverse and initial_state; an empty tensor for each that is absent."""
+    """Gradients of x, log_a, c, skip, c_reverse and initial_state; an empty tensor for each that is absent.
+
+    dfinal: None for zeros.
+    """
     from zoo.ops.lti.kernels import launch
 
     return launch.backward(dy, dfinal, x, log_a, c, skip, c_reverse, initial_state, cu_seqlens, reverse_lag)
@@ -90,7 +93,7 @@ def lti_scan_backward(
 @lti_scan_backward.register_fake
 def _(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     x: Tensor,
     log_a: Tensor,
     c: Tensor,
@@ -108,10 +111,12 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.reverse_lag = inputs
     ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
+    dy = torch.zeros_like(inputs[0]) if dy is None else dy
     gradients = lti_scan_backward(dy, dfinal, *inputs, ctx.reverse_lag)
     kept = (None if part is None else grad for part, grad in zip(inputs[:6], gradients, strict=True))
     return (*kept, None, None)
@@ -138,7 +143,7 @@ def _forward_flops(
 @flop_formula(torch.ops.zoo.lti_scan_backward)
 def _backward_flops(
     dy: Sequence[int],
-    dfinal: Sequence[int],
+    dfinal: Sequence[int] | None,
     x: Sequence[int],
     log_a: Sequence[int],
     c: Sequence[int],

@@ -184,12 +184,13 @@ def _differentiate_kernel(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lags = torch.arange(ctx.length, device=grad.device, dtype=grad.dtype)
         weights.append(grad * lags)
     moments = torch.ops.zoo.lti_moments(log_a, torch.cat(weights), ctx.dtype)
+    twice = torch.arange(2.0, -3.0, -4.0, device=grad.device, dtype=moments.dtype)  # 2 re, -2 im
     if plain:
-        re, im = moments[: len(grad)].unbind(-1)
-        dc = (2.0 * torch.stack([re, -im], -1)).to(c.dtype)
+        dc = (moments[: grad.shape[0]] * twice).to(c.dtype)
     if sloped:
-        re, im = times((c[..., 0], c[..., 1]), (moments[-len(grad) :, ..., 0], moments[-len(grad) :, ..., 1]))
-        dlog_a = (2.0 * torch.stack([re, -im], -1)).sum(0).to(log_a.dtype)
+        (a, b), (re, im) = c.unbind(-1), moments[-grad.shape[0] :].unbind(-1)
+        turned = torch.stack([torch.addcmul(a * re, b, im, value=-1.0), torch.addcmul(a * im, b, re)], -1)
+        dlog_a = (turned * twice).sum(0).to(log_a.dtype)
     return dlog_a, dc, None, None
 
 

@@ -29,7 +29,7 @@ def lti_attention_chunked(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `lti_attention`; sums in the accumulation dtype, y rounded once."""
-    if v.shape[1] == 0:
+    if v.numel() == 0:
         return empty_result(v, log_a, initial_state, cu_seqlens)
     if v.shape[1] == 1 and cu_seqlens is None:
         y, final = one_token(q, k, v, log_a, c, D, initial_state)

@@ -24,8 +24,10 @@ def gated_rms_norm_fwd(
 ) -> Tensor:
     """y [...,D], contiguous, in the dtype of x."""
     from zoo.ops.norm.kernels.forward import norm_forward
+    from zoo.ops.semiseparable.kernels.launch import on_device
 
-    return norm_forward(x, z, weight, eps, group_size, norm_before_gate)
+    with on_device(x):
+        return norm_forward(x, z, weight, eps, group_size, norm_before_gate)
 
 
 @gated_rms_norm_fwd.register_fake
@@ -41,8 +43,10 @@ def gated_rms_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, z ([0] if it did not come) and weight, contiguous, in their shapes and dtypes."""
     from zoo.ops.norm.kernels.backward import norm_backward
+    from zoo.ops.semiseparable.kernels.launch import on_device
 
-    return norm_backward(dy, x, z, weight, eps, group_size, norm_before_gate)
+    with on_device(x):
+        return norm_backward(dy, x, z, weight, eps, group_size, norm_before_gate)
 
 
 @gated_rms_norm_bwd.register_fake

@@ -45,7 +45,7 @@ def scan(
     inner = accumulation_dtype(v.dtype)
     batch, tokens, heads, channels = v.shape
     groups, width = q.shape[2:]
-    if tokens == 0:
+    if tokens == 0 or batch == 0:
         sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
         empty = v.new_zeros(sequences, heads, channels, width, dtype=inner)
         return v.to(inner), empty if initial_state is None else initial_state.clone()

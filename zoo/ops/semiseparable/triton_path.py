@@ -97,7 +97,7 @@ def _(
 @torch.library.custom_op("zoo::semiseparable_backward", mutates_args=())
 def semiseparable_backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -106,7 +106,10 @@ def semiseparable_backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay, scale, initial_state; an empty tensor for each that is absent."""
+    """Gradients of q, k, v, log_decay, scale, initial_state; an empty tensor for each that is absent.
+
+    dfinal: None for zeros.
+    """
     from zoo.ops.semiseparable.kernels import launch
 
     return launch.backward(dy, dfinal, q, k, v, log_decay, scale, initial_state, cu_seqlens)
@@ -115,7 +118,7 @@ def semiseparable_backward(
 @semiseparable_backward.register_fake
 def _(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -126,16 +129,18 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     da = v.new_empty(0 if log_decay is None else v.shape[:3], dtype=torch.float32)
     dscale = v.new_empty(0 if scale is None else v.shape[:3], dtype=torch.float32)
-    state = v.new_empty(0 if initial_state is None else dfinal.shape, dtype=torch.float32)
+    state = v.new_empty(0 if initial_state is None else initial_state.shape, dtype=torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), da, dscale, state
 
 
 def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
+    dy = torch.zeros_like(inputs[2]) if dy is None else dy
     gradients = semiseparable_backward(dy, dfinal, *inputs)
     return (*(None if part is None else grad for part, grad in zip(inputs[:6], gradients, strict=True)), None)
 
@@ -153,7 +158,7 @@ def _forward_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: 
 @flop_formula(torch.ops.zoo.semiseparable_backward)
 def _backward_flops(
     dy: Sequence[int],
-    dfinal: Sequence[int],
+    dfinal: Sequence[int] | None,
     q: Sequence[int],
     k: Sequence[int],
     v: Sequence[int],

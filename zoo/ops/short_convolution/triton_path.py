@@ -36,13 +36,14 @@ def short_convolution_fwd(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """y [B,T,D] and the final state [S,D,W-1] (S = B without cu_seqlens), contiguous, in the dtype of x."""
-    if weight.shape[1] > UNROLLED:
-        from zoo.ops.short_convolution.kernels.looped import looped_forward
-
-        return looped_forward(x, weight, bias, initial_state, cu_seqlens)
+    from zoo.ops.semiseparable.kernels.launch import on_device
     from zoo.ops.short_convolution.kernels.forward import convolution_forward
+    from zoo.ops.short_convolution.kernels.looped import looped_forward
 
-    return convolution_forward(x, weight, bias, initial_state, cu_seqlens, silu)
+    with on_device(x):
+        if weight.shape[1] > UNROLLED:
+            return looped_forward(x, weight, bias, initial_state, cu_seqlens)
+        return convolution_forward(x, weight, bias, initial_state, cu_seqlens, silu)
 
 
 @short_convolution_fwd.register_fake
@@ -61,7 +62,7 @@ def _fwd_fake(
 @torch.library.custom_op("zoo::short_convolution_bwd", mutates_args=())
 def short_convolution_bwd(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -69,20 +70,24 @@ def short_convolution_bwd(
     cu_seqlens: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and initial_state in their shapes and dtypes; [0] for one that did not come."""
-    if weight.shape[1] > UNROLLED:
-        from zoo.ops.short_convolution.kernels.looped import looped_backward
+    """Gradients of x, weight, bias and initial_state in their shapes and dtypes; [0] for one that did not come.
 
-        return looped_backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens)
+    dfinal: None for zeros.
+    """
+    from zoo.ops.semiseparable.kernels.launch import on_device
     from zoo.ops.short_convolution.kernels.backward import convolution_backward
+    from zoo.ops.short_convolution.kernels.looped import looped_backward
 
-    return convolution_backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu)
+    with on_device(x):
+        if weight.shape[1] > UNROLLED:
+            return looped_backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens)
+        return convolution_backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu)
 
 
 @short_convolution_bwd.register_fake
 def _bwd_fake(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -98,10 +103,12 @@ def _bwd_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, initial_state, cu_seqlens, ctx.silu = inputs
     ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
     dx, dweight, dbias, dinitial = torch.ops.zoo.short_convolution_bwd(
         dy, dfinal, x, weight, bias, initial_state, cu_seqlens, ctx.silu
     )
@@ -119,5 +126,5 @@ def _fwd_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
 
 
 @flop_formula(torch.ops.zoo.short_convolution_bwd, get_raw=True)
-def _bwd_flops(dy: Tensor, dfinal: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+def _bwd_flops(dy: Tensor, dfinal: Tensor | None, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return 4 * x.numel() * weight.shape[1]  # of x and of the weight

@@ -97,7 +97,7 @@ def _(
 @torch.library.custom_op("zoo::ssd_backward", mutates_args=())
 def ssd_backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -111,19 +111,22 @@ def ssd_backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C, D, dt_bias, initial_state, in their dtypes; an empty tensor for each absent one."""
+    """Gradients of x, dt, A, B, C, D, dt_bias, initial_state, in their dtypes; an empty tensor for each absent one.
+
+    dfinal: None for zeros.
+    """
     from zoo.ops.semiseparable.kernels import launch as scans
     from zoo.ops.ssd.kernels import launch
 
     dy = dy.to(x.dtype)
     if launch.serves(x, B):
         found = launch.backward(
-            dy, dfinal.contiguous(), x, dt, A.float().contiguous(), B, C, _float(D), _float(dt_bias), dt_softplus,
+            dy, scans.contiguous(dfinal), x, dt, A.float().contiguous(), B, C, _float(D), _float(dt_bias), dt_softplus,
             (low, high), _float(initial_state), cu_seqlens,
         )  # fmt: skip
         *others, dstart = found
         gradients = [
-            x.new_empty(0) if part is None else grad.to(part.dtype)
+            x.new_empty(0) if part is None or grad is None else grad.to(part.dtype)
             for part, grad in zip((x, dt, A, B, C, D, dt_bias), others, strict=True)
         ]
         return (*gradients, x.new_empty(0, dtype=torch.float32) if initial_state is None else dstart)  # type: ignore[return-value]
@@ -135,19 +138,20 @@ def ssd_backward(
     )
     draw = torch.where((reached >= low) & (reached <= high), dscale + da * A.float(), 0.0)
     draw = draw * raw.sigmoid() if dt_softplus else draw
+    ddt = draw.to(dt.dtype).contiguous()  # as the fake says; dt may have another layout
     dA = (da * step).sum((0, 1)).to(A.dtype)
     dbias = x.new_empty(0) if dt_bias is None else draw.sum((0, 1)).to(dt_bias.dtype)
     if D is None:
-        return dx, draw.to(dt.dtype), dA, dB, dC, x.new_empty(0), dbias, dinitial
+        return dx, ddt, dA, dB, dC, x.new_empty(0), dbias, dinitial
     dD = (dy.float() * x).sum((0, 1, 3)).to(D.dtype)
     dx = (dx + D.float().unsqueeze(-1) * dy).to(x.dtype)
-    return dx, draw.to(dt.dtype), dA, dB, dC, dD, dbias, dinitial
+    return dx, ddt, dA, dB, dC, dD, dbias, dinitial
 
 
 @ssd_backward.register_fake
 def _(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -164,7 +168,7 @@ def _(
     def like(part: Tensor | None) -> Tensor:
         return x.new_empty(0) if part is None else part.new_empty(part.shape)
 
-    state = x.new_empty(0 if initial_state is None else dfinal.shape, dtype=torch.float32)
+    state = x.new_empty(0 if initial_state is None else initial_state.shape, dtype=torch.float32)
     return like(x), like(dt), like(A), like(B), like(C), like(D), like(dt_bias), state
 
 
@@ -175,10 +179,12 @@ def _float(part: Tensor | None) -> Tensor | None:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:7], *inputs[10:])
     ctx.options = inputs[7:10]
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, initial_state, cu_seqlens = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
     found = ssd_backward(dy, dfinal, *tensors, *ctx.options, initial_state, cu_seqlens)
     present = [None if part is None else grad for part, grad in zip([*tensors, initial_state], found, strict=True)]
     return *present[:7], None, None, None, present[7], None
@@ -199,7 +205,7 @@ def _forward_flops(
 @flop_formula(torch.ops.zoo.ssd_backward)
 def _backward_flops(
     dy: Sequence[int],
-    dfinal: Sequence[int],
+    dfinal: Sequence[int] | None,
     x: Sequence[int],
     dt: Sequence[int],
     A: Sequence[int],

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.cauchy.kernels.poles import BLOCK_K, load_nodes, load_pairs, on_device, reciprocals
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
 
 BLOCK_N = 4
 
@@ -79,8 +80,8 @@ def cauchy_backward(dy: Tensor, v: Tensor, w: Tensor, z: Tensor, q: Tensor | Non
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     with on_device(v):
-        _cauchy_bwd[(D, triton.cdiv(N, BLOCK_N))](
+        _cauchy_bwd[(D, cdiv(N, BLOCK_N))](
             dy, v, w, z, z if q is None else q.contiguous(), dv, dw, K, R=R, N=N, HAS_Q=q is not None,
-            BLOCK_R=triton.next_power_of_2(R), BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4,
+            BLOCK_R=next_power_of_2(R), BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4,
         )  # fmt: skip
     return dv, dw

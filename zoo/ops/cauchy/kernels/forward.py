@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.cauchy.kernels.poles import BLOCK_K, load_nodes, load_pairs, on_device, reciprocals
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -46,8 +47,8 @@ def cauchy_forward(v: Tensor, w: Tensor, z: Tensor, q: Tensor | None) -> Tensor:
     v, w, z = v.contiguous(), w.contiguous(), z.contiguous()
     y = torch.empty((D, R, K, 2), dtype=v.dtype, device=v.device)
     with on_device(v):
-        _cauchy_fwd[(D, triton.cdiv(K, BLOCK_K))](
+        _cauchy_fwd[(D, cdiv(K, BLOCK_K))](
             v, w, z, z if q is None else q.contiguous(), y, K, R=R, N=N, HAS_Q=q is not None,
-            BLOCK_R=triton.next_power_of_2(R), BLOCK_K=BLOCK_K, num_warps=4,
+            BLOCK_R=next_power_of_2(R), BLOCK_K=BLOCK_K, num_warps=4,
         )  # fmt: skip
     return y

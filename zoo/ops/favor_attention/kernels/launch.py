@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from zoo.ops.favor_attention.kernels.causal_gradient import causal_gradient_kernel
@@ -14,6 +13,7 @@ from zoo.ops.favor_attention.kernels.causal_read import causal_read_kernel
 from zoo.ops.favor_attention.kernels.rows import combine_kernel, delta_kernel
 from zoo.ops.favor_attention.kernels.walk_launch import gradient_walk, read_walk, serves, walk_of
 from zoo.ops.favor_attention.kernels.whole import whole_gradient_kernel, whole_read_kernel, whole_sum_kernel
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.semiseparable.kernels.launch import OPERANDS, contiguous, flat, on_device, strides
 
 ROWS = 32  # rows of a program of the row kernels
@@ -64,7 +64,7 @@ def call_of(
     }  # fmt: skip
     return Call(
         hi.contiguous(), lo.contiguous(), (spans[0], spans[1], spans[2], spans[3]), packed, heads,
-        triton.cdiv(count, blocks["BLOCK_M"]), 0.5 * width**-0.5, feature_eps, constants,
+        cdiv(count, blocks["BLOCK_M"]), 0.5 * width**-0.5, feature_eps, constants,
     )  # fmt: skip
 
 
@@ -75,10 +75,10 @@ def blocks_for(count: int, width: int, channels: int, dtype: torch.dtype, causal
     chunks of 32 tokens do not spill at 64 channels (checked for sm_90). IEEE float32 products (and TF32, for float16)
     hold their operands in registers as well: fewer features, more warps.
     """
-    block_n, block_p = (max(16, triton.next_power_of_2(size)) for size in (width, channels))
+    block_n, block_p = (max(16, next_power_of_2(size)) for size in (width, channels))
     widest = max(block_n, block_p)
     narrow = dtype != torch.bfloat16 or widest > 128
-    block_m = min(32 if narrow else 64, max(16, triton.next_power_of_2(count)))
+    block_m = min(32 if narrow else 64, max(16, next_power_of_2(count)))
     return {
         "CHUNK": 32 if narrow or causal else 64, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_P": block_p,
         "num_warps": 8 if widest > (32 if dtype == torch.float32 else 64) else 4, "num_stages": 2,
@@ -130,7 +130,7 @@ def backward(
     last = empty_like_state(call, v.device)
     rows, channels, block_p = delta.numel(), v.shape[3], call.constants["BLOCK_P"]
     with on_device(v):
-        delta_kernel[(triton.cdiv(rows, ROWS),)](
+        delta_kernel[(cdiv(rows, ROWS),)](
             dy, y.contiguous(), dlog.contiguous(), delta, rows, P=channels, ROWS=ROWS, BLOCK_P=block_p
         )
         if causal and serves(q.shape[3], channels, v.dtype):
@@ -194,7 +194,7 @@ def causal_read(
     if not one:
         assert y is not None
         rows = y.numel() // y.shape[3]
-        combine_kernel[(triton.cdiv(rows, ROWS),)](
+        combine_kernel[(cdiv(rows, ROWS),)](
             out, logs, y, y_log, rows, call.slices,
             P=y.shape[3], ROWS=ROWS, BLOCK_P=call.constants["BLOCK_P"],
         )  # fmt: skip
@@ -240,7 +240,7 @@ def blocks_of(call: Call, readers: Tensor, starts: Tensor) -> tuple[Tensor, Tens
         owner = torch.searchsorted(first_slot, slot, right=True) - 1
         local = slot - first_slot[owner]
     else:
-        each = triton.cdiv(tokens, call.chunk)
+        each = cdiv(tokens, call.chunk)
         slot = torch.arange(batch * each, device=starts.device)
         owner, local = slot // each, slot % each
     return owner, starts[owner] + local * call.chunk

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from zoo.ops.favor_attention.kernels.rows import combine_kernel, half_square_kernel
 from zoo.ops.favor_attention.kernels.walk_gradient import walk_gradient_kernel
 from zoo.ops.favor_attention.kernels.walk_read import walk_read_kernel
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.semiseparable.kernels.launch import strides
 
 ROWS = 32  # rows of a program of the row kernel
@@ -50,14 +50,14 @@ class Walk:
     def blocks(self, kernel: str) -> dict[str, Any]:
         """Constants of one kernel."""
         chosen: dict[str, int] = self.table[kernel]
-        fitting = max(16, triton.next_power_of_2(self.constants["M"]))
+        fitting = max(16, next_power_of_2(self.constants["M"]))
         narrow = min(self.constants["BLOCK_N"], self.constants["BLOCK_P"], fitting) <= 32
         stages = 2 if narrow else chosen["num_stages"]  # one stage is miscompiled at 32 columns
         return self.constants | chosen | {"BLOCK_M": min(chosen["BLOCK_M"], fitting), "num_stages": stages}
 
     def slices(self, kernel: str) -> int:
         """Programs that share a head's features."""
-        return int(triton.cdiv(self.constants["M"], self.blocks(kernel)["BLOCK_M"]))
+        return int(cdiv(self.constants["M"], self.blocks(kernel)["BLOCK_M"]))
 
 
 def walk_of(
@@ -74,11 +74,11 @@ def walk_of(
     lo = (binary - hi.float()).to(hi.dtype)
     constants = {
         "H": heads, "M": count, "N": width, "P": channels, "RELU": relu, "SPLIT": table["weights"] == "split",
-        "BLOCK_N": max(16, triton.next_power_of_2(width)), "BLOCK_P": max(16, triton.next_power_of_2(channels)),
+        "BLOCK_N": max(16, next_power_of_2(width)), "BLOCK_P": max(16, next_power_of_2(channels)),
     }  # fmt: skip
     half_scale, groups = 0.5 * width**-0.5 * unit, k.shape[2]
     half = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
-    half_square_kernel[(triton.cdiv(half.numel(), ROWS),)](
+    half_square_kernel[(cdiv(half.numel(), ROWS),)](
         k, half, half.numel(), half_scale, *strides(k), G=groups, N=width, ROWS=ROWS, BLOCK_N=constants["BLOCK_N"]
     )
     return Walk(
@@ -110,7 +110,7 @@ def read_walk(
         return added(out)
     if not one:
         rows = y.numel() // y.shape[3]
-        combine_kernel[(triton.cdiv(rows, ROWS),)](
+        combine_kernel[(cdiv(rows, ROWS),)](
             out, logs, y, y_log, rows, slices, P=y.shape[3], ROWS=ROWS, BLOCK_P=walk.constants["BLOCK_P"]
         )
     return y

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import LOG2E, exp
-from zoo.ops.kernels.rows import rows, warps_for
+from zoo.ops.kernels.rows import next_power_of_2, rows, warps_for
 from zoo.ops.semiseparable.kernels.launch import on_device
 
 TILE = 4096  # elements of the state that one program holds at a time, 32 in each of 128 threads
@@ -98,8 +98,8 @@ def launch(
     if y.numel() == 0:
         return y
     q, k, v, own = (rows(part) for part in (q, k, v, state))
-    block_p: int = triton.next_power_of_2(values)
-    block_n = min(triton.next_power_of_2(keys), max(1, TILE // block_p))
+    block_p: int = next_power_of_2(values)
+    block_n = min(next_power_of_2(keys), max(1, TILE // block_p))
     with on_device(v):
         linear_attention_step_kernel[(batch * heads,)](
             q, k, v, q if log_decay is None else log_decay.contiguous(), own, y,

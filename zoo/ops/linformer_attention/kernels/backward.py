@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import add_product, dot
+from zoo.ops.kernels.rows import cdiv
 from zoo.ops.kernels.widths import cut_width
 from zoo.ops.linformer_attention.kernels.tiles import attend_tiles, gather_tiles, split_length
 from zoo.ops.softmax_attention.kernels.tiles import wide_rows
@@ -133,13 +134,13 @@ def attend_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     stats = torch.empty((3, batch, heads, tokens), dtype=torch.float32, device=q.device)
     tiles = attend_tiles(rank, width, q.element_size())
-    t_tiles = triton.cdiv(tokens, tiles["BLOCK_T"])
+    t_tiles = cdiv(tokens, tiles["BLOCK_T"])
     _attend_bwd_queries[(batch * heads * t_tiles,)](
         q, dy, keys, values, marks, dq, *stats,
         tokens, rank, heads, groups, t_tiles, *scales, *strides, **options, **tiles,
     )  # fmt: skip
     tiles = gather_tiles(rank, width, q.element_size())
-    r_tiles = triton.cdiv(rank, tiles["BLOCK_R"])
+    r_tiles = cdiv(rank, tiles["BLOCK_R"])
     programs = batch * groups * r_tiles
     parts, span = split_length(tokens, programs, tiles["BLOCK_T"])
     partial = torch.empty((2, parts, *keys.shape), dtype=torch.float32, device=q.device)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import dot
+from zoo.ops.kernels.rows import cdiv
 from zoo.ops.kernels.widths import cut_width
 from zoo.ops.linformer_attention.kernels.tiles import attend_tiles
 from zoo.ops.softmax_attention.kernels.tiles import wide_rows
@@ -59,7 +60,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor | None) -> Ten
     rank, groups = keys.shape[1:3]
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tiles = attend_tiles(rank, width, q.element_size())
-    t_tiles = triton.cdiv(tokens, tiles["BLOCK_T"])
+    t_tiles = cdiv(tokens, tiles["BLOCK_T"])
     _attend_fwd[(batch * heads * t_tiles,)](
         q, keys, values, q if spans is None else spans, y,
         tokens, rank, heads, groups, t_tiles, wanted**-0.5 * math.log2(math.e),

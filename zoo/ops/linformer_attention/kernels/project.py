@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import add_product
+from zoo.ops.kernels.rows import cdiv
 from zoo.ops.kernels.widths import cut_width
 from zoo.ops.linformer_attention.kernels.tiles import project_tiles, split_length
 from zoo.ops.softmax_attention.kernels.tiles import wide_rows
@@ -67,7 +68,7 @@ def project(matrix: Tensor, x: Tensor, spans: Tensor | None) -> Tensor:
     rank, units = matrix.shape[-2], 1 if matrix.dim() == 2 else groups
     channels = groups * width // units
     tiles = project_tiles(rank, channels, x.element_size())
-    r_tiles, n_tiles = triton.cdiv(rank, tiles["BLOCK_R"]), triton.cdiv(channels, tiles["BLOCK_N"])
+    r_tiles, n_tiles = cdiv(rank, tiles["BLOCK_R"]), cdiv(channels, tiles["BLOCK_N"])
     programs = batch * units * r_tiles * n_tiles
     parts, span = split_length(tokens, programs, tiles["BLOCK_T"])
     partial = torch.empty((parts, batch, rank, groups, width), dtype=torch.float32, device=x.device)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv
 from zoo.ops.long_convolution.kernels.dense import copies_kernel, dense_gradient_kernel, dense_kernel, join_kernel
 from zoo.ops.semiseparable.kernels.launch import on_device
 
@@ -58,16 +58,16 @@ def toeplitz(u_t: Tensor, taps: Tensor, ahead: int, *, mirror: bool, blocks: Blo
     first = -((chunk - 1 + ahead) // step)
     last = (W - 1 - ahead + step - 1) // step
     first, last = max(first, -((T - 1) // step)), min(last, (T + step - 1) // step)
-    length = triton.cdiv((last - first) * step + chunk + step - copies, 64) * 64
+    length = cdiv((last - first) * step + chunk + step - copies, 64) * 64
     repeated = torch.empty((D, copies, length), dtype=torch.bfloat16, device=u_t.device)
     y_t = torch.empty_like(u_t)
-    count = B * triton.cdiv(T, chunk)
+    count = B * cdiv(T, chunk)
     with on_device(u_t):
-        copies_kernel[(D * triton.cdiv(length, 512),)](
+        copies_kernel[(D * cdiv(length, 512),)](
             taps, repeated, W, length, first * step - (step - copies) + ahead,
             MIRROR=mirror, COPIES=copies, BLOCK=512, num_warps=4,
         )  # fmt: skip
-        dense_kernel[(D * triton.cdiv(count, rows),)](
+        dense_kernel[(D * cdiv(count, rows),)](
             u_t, repeated, y_t, T, B, count, length, first, last,
             COPIES=copies, CHUNK=chunk, STEP=step, ROWS=rows, num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -78,16 +78,16 @@ def tap_gradient(u_t: Tensor, dy_t: Tensor, taps: int, ahead: int, blocks: PairB
     """Gradient of the W = `taps` taps, [D,W] float32."""
     D, B, T = u_t.shape
     chunk, rows, warps, stages = blocks or next(row for most, row in PAIR_TABLE.items() if most >= B * T)
-    chunks = triton.cdiv(T, chunk)
-    first = max(-triton.cdiv(ahead, chunk), 1 - chunks)
-    apart = min(triton.cdiv(taps - 1 - ahead, chunk), chunks - 1) - first + 1
+    chunks = cdiv(T, chunk)
+    first = max(-cdiv(ahead, chunk), 1 - chunks)
+    apart = min(cdiv(taps - 1 - ahead, chunk), chunks - 1) - first + 1
     sums = torch.empty((apart, 2, D, chunk), dtype=torch.float32, device=u_t.device)
     out = torch.empty((D, taps), dtype=torch.float32, device=u_t.device)
     with on_device(u_t):
         dense_gradient_kernel[(D * apart,)](
             u_t, dy_t, sums, T, B, D, first, CHUNK=chunk, ROWS=rows, num_warps=warps, num_stages=stages
         )
-        join_kernel[(D * triton.cdiv(taps, 512),)](
+        join_kernel[(D * cdiv(taps, 512),)](
             sums, out, taps, D, apart, -ahead - (first - 1) * chunk, CHUNK=chunk, BLOCK=512, num_warps=4
         )
     return out

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv
 from zoo.ops.semiseparable.kernels.launch import on_device
 
 TILE = 64
@@ -90,7 +91,7 @@ def time_first(x_t: Tensor, gate: Tensor | None, dtype: torch.dtype, second: Ten
 
 
 def _grid(B: int, T: int, D: int) -> tuple[int]:
-    return (B * triton.cdiv(T, TILE) * triton.cdiv(D, TILE),)
+    return (B * cdiv(T, TILE) * cdiv(D, TILE),)
 
 
 def _channels_last(part: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv
 from zoo.ops.long_convolution.kernels import dense_launch
 from zoo.ops.long_convolution.kernels.toeplitz import tap_gradient_kernel, toeplitz_kernel
 from zoo.ops.semiseparable.kernels.launch import OPERANDS, on_device
@@ -49,7 +49,7 @@ def toeplitz(u_t: Tensor, taps: Tensor, ahead: int, cu_seqlens: Tensor | None, *
     count = rows[0].numel()
     y_t = torch.empty(u_t.shape, dtype=u_t.dtype, device=u_t.device)
     with on_device(u_t):
-        toeplitz_kernel[(triton.cdiv(count, options["ROWS"]) * options["D"],)](
+        toeplitz_kernel[(cdiv(count, options["ROWS"]) * options["D"],)](
             u_t, taps, y_t, *rows, count, taps.shape[1], ahead, u_t.shape[1] * u_t.shape[2],
             MIRROR=mirror, OPERAND=OPERANDS[u_t.dtype], **options,
         )  # fmt: skip
@@ -63,8 +63,8 @@ def tap_gradient(u_t: Tensor, dy_t: Tensor, taps: int, ahead: int, cu_seqlens: T
     options = blocks(u_t)
     chunk, channels = options["CHUNK"], options["D"]
     rows = chunk_rows(u_t, cu_seqlens, chunk)
-    first = -triton.cdiv(ahead, chunk)
-    apart = triton.cdiv(taps - 1 - ahead, chunk) - first + 1
+    first = -cdiv(ahead, chunk)
+    apart = cdiv(taps - 1 - ahead, chunk) - first + 1
     sums = torch.empty((apart, 2, channels, chunk), dtype=torch.float32, device=u_t.device)
     with on_device(u_t):
         tap_gradient_kernel[(apart * channels,)](

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.long_convolution.kernels.gates import time_first, time_last
 from zoo.ops.lti.kernels.gradients import shared_gradient_kernel
 from zoo.ops.lti.kernels.mixing import mix_kernel
@@ -76,7 +76,7 @@ def tile_sizes(dtype: torch.dtype, block_m: int) -> tuple[int, int]:
 def segment_length(tokens: int, chunk: int) -> int:
     """Tokens of a row: enough rows that a product has 64 of them, and chunks enough that states are few."""
     shortest, longest = SEGMENTS
-    balanced: int = triton.next_power_of_2(triton.cdiv(tokens, 64))
+    balanced: int = next_power_of_2(cdiv(tokens, 64))
     return max(2 * chunk, shortest, min(longest, balanced))
 
 
@@ -85,7 +85,7 @@ def rows_of(x: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Rows:
     batch, tokens, device = x.shape[0], x.shape[1], x.device
     segment = segment_length(batch * tokens, chunk)
     if cu_seqlens is None:
-        return Rows(segment, batch * triton.cdiv(tokens, segment), batch, tokens)
+        return Rows(segment, batch * cdiv(tokens, segment), batch, tokens)
     bounds = cu_seqlens.long()
     lengths = bounds.diff()
     first = bounds[:-1] // segment + torch.arange(lengths.numel(), device=device)
@@ -114,7 +114,7 @@ class Launch:
     def __init__(self, x: Tensor, log_a: Tensor, c: Tensor, D: Tensor | None, cu_seqlens: Tensor | None) -> None:
         """x: [B,T,D]. log_a, c: [D,M,2]. D: [D] or None."""
         self.channels, self.modes = log_a.shape[:2]
-        block_m = max(16, triton.next_power_of_2(self.modes))
+        block_m = max(16, next_power_of_2(self.modes))
         chunk, self.row_tile = tile_sizes(x.dtype, block_m)
         self.rows = rows_of(x, cu_seqlens, chunk)
         self.device = x.device
@@ -155,7 +155,7 @@ class Launch:
 
     @property
     def grid(self) -> tuple[int]:
-        return (triton.cdiv(self.count, self.row_tile) * self.channels,)
+        return (cdiv(self.count, self.row_tile) * self.channels,)
 
     def row_states(
         self, x_t: Tensor, first: Tensor | None, *, reverse: bool, weighted: bool
@@ -179,7 +179,7 @@ class Launch:
                 x_t, tables.powers, tables.c, tables.step, rows.start, rows.length, added, weights,
                 self.count, rows.tokens, *x_t.stride(), REVERSE=reverse, WEIGHTED=weighted, **self.blocks,
             )  # fmt: skip
-            carry_kernel[(per_sequence[0], triton.cdiv(total, CARRIED))](
+            carry_kernel[(per_sequence[0] * cdiv(total, CARRIED),)](
                 added, weights, first, tables.log_a, rows.first, rows.each, rows.tail,
                 states, slopes, last, last_slope, total, rows.segment, rows.tokens,
                 HAS_FIRST=first is not None, WEIGHTED=weighted, REVERSE=reverse,
@@ -216,7 +216,7 @@ class Launch:
 
     def shared_gradients(self, x_t: Tensor, dy_t: Tensor, states: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient of the taps [blocks,D,K], and the sums [blocks,4,D,M] for those of c and log_a between chunks."""
-        blocks = triton.cdiv(self.count, self.row_tile)
+        blocks = cdiv(self.count, self.row_tile)
         dtaps = self.scratch(blocks, self.channels, self.blocks["CHUNK"])
         sums = self.scratch(blocks, 4, self.channels, self.modes)
         tables, rows = self.tables, self.rows
@@ -289,7 +289,7 @@ def forward(
 
 def backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     x: Tensor,
     log_a: Tensor,
     c: Tensor,
@@ -301,6 +301,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, log_a, c, D, c_reverse and the initial state; empty tensors for those that are absent.
 
+    dfinal: None for zeros.
     The states before rows of up to 1,024 tokens are computed anew. Orders of summation are fixed, so gradients are the
     same in every run. To the kernel ahead, dy are tokens that its transpose scans, and x what it is compared with.
     """
@@ -322,13 +323,12 @@ def backward(
     dx = time_first(dx_t.unflatten(1, x.shape[:2]), None, x.dtype)[0]
     del dx_t
     states, slopes, _, last_slope = launch.row_states(x_t, planes(initial_state), reverse=False, weighted=True)
-    assert dlast is not None
     dlog_a, dc, dskip = (
         torch.empty(part.shape if part is not None else 0, dtype=(x if part is None else part).dtype, device=x.device)
         for part in (log_a, c, D)
     )
     made = launch.shared_gradients(x_t, dy_t, states, slopes)
     grads = ModeGradients(dlog_a, dc, None if D is None else dskip)
-    launch.mode_gradients(made, grads, (dlast, last_slope), other)
+    launch.mode_gradients(made, grads, None if dlast is None else (dlast, last_slope), other)
     dinitial = pairs(dfirst).to(initial_state.dtype) if initial_state is not None else x.new_empty(0)
     return dx, dlog_a, dc, dskip, dc_reverse, dinitial

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv
 from zoo.ops.lti.kernels.phases import exponential
 from zoo.ops.semiseparable.kernels.launch import on_device
 
@@ -24,9 +25,10 @@ def level_kernel(
 
     out holds Re and Im e^{l log_a}, or, WEIGHTED, Re and -Im of 2 c e^{l log_a}; made in float64, rounded once.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    blocks = (rows + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    sequence = tl.program_id(2).to(tl.int64)
+    sequence = (tl.program_id(0) // blocks).to(tl.int64)
     mask = row < rows
     rate = tl.load(log_a_ptr + row * 2, mask=mask, other=0.0).to(tl.float64)
     turn = tl.load(log_a_ptr + row * 2 + 1, mask=mask, other=0.0).to(tl.float64)
@@ -53,8 +55,8 @@ def fold_kernel(
     M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK modes of one channel and sequence: out = sum_q inner_q e^{q spacing log_a}."""
-    channel = tl.program_id(0).to(tl.int64)
-    sequence = tl.program_id(2).to(tl.int64)
+    channel = (tl.program_id(0) % channels).to(tl.int64)
+    sequence = (tl.program_id(0) // channels).to(tl.int64)
     m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = m < M
     rate = tl.load(log_a_ptr + (channel * M + m) * 2, mask=mask, other=0.0).to(tl.float64)[None, :]
@@ -83,7 +85,7 @@ def level(log_a: Tensor, c: Tensor | None, count: int, spacing: int) -> Tensor:
     channels, modes = log_a.shape[:2]
     sequences = 1 if c is None else c.shape[0]
     out = torch.empty(sequences, channels, 2 * modes, count, dtype=torch.float32, device=log_a.device)
-    grid = (triton.cdiv(channels * modes, BLOCK), triton.cdiv(count, BLOCK), sequences)
+    grid = (sequences * cdiv(channels * modes, BLOCK), cdiv(count, BLOCK))
     with on_device(log_a):
         level_kernel[grid](
             log_a, c, out, channels * modes, count, spacing, 0 if c is None else c.stride(0),
@@ -108,6 +110,6 @@ def moment_block(log_a: Tensor, tiles: Tensor, out: Tensor) -> None:
     modes = log_a.shape[1]
     inner = torch.matmul(tiles, level(log_a, None, fine, 1).mT)
     with on_device(log_a):
-        fold_kernel[(channels, triton.cdiv(modes, BLOCK), sequences)](
+        fold_kernel[(sequences * channels, cdiv(modes, BLOCK))](
             log_a, inner, out, channels, coarse, fine, out.stride(0), M=modes, BLOCK=BLOCK, num_warps=WARPS
         )

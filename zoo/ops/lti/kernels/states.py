@@ -91,8 +91,9 @@ def carry_kernel(
     Forward: the state before each row, and the last one; WEIGHTED: their derivatives in log_a too. In reverse: the
     gradient of the state after each row, and that of the initial state. Rows but the last have `segment` tokens.
     """
-    sequence = tl.program_id(0).to(tl.int64)
-    e = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    blocks = (modes + BLOCK - 1) // BLOCK
+    sequence = (tl.program_id(0) // blocks).to(tl.int64)
+    e = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = e < modes
     if PACKED:
         first_row = tl.load(row_ptr + sequence)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.kernels.rows import rows, warps_for
+from zoo.ops.kernels.rows import cdiv, next_power_of_2, rows, warps_for
 from zoo.ops.semiseparable.kernels.launch import on_device
 
 TILE = 2048  # numbers of the state that one program holds at a time, 16 in each of 128 threads
@@ -92,7 +92,7 @@ def factors(log_a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """e^{log_a} - 1 and 2 c as float32 pairs, from log_a and c [D,M,2] of any floating dtype."""
     rate, weight = (torch.empty(log_a.shape, dtype=torch.float32, device=log_a.device) for _ in range(2))
     modes = log_a.numel() // 2
-    factor_kernel[(triton.cdiv(modes, FACTORS),)](
+    factor_kernel[(cdiv(modes, FACTORS),)](
         log_a.contiguous(), c.contiguous(), rate, weight, modes, BLOCK=FACTORS, num_warps=4
     )
     return rate, weight
@@ -119,11 +119,11 @@ def step(
     x = rows(x)
     key, query = (x if part is None else rows(part) for part in (k, q))
     own = state if state.stride()[2:] == (2, 1) else state.contiguous()
-    block_m: int = triton.next_power_of_2(modes)
-    block_d = min(triton.next_power_of_2(channels), max(1, TILE // (2 * block_m)))
-    sequences = min(SEQUENCES, triton.next_power_of_2(batch))
+    block_m: int = next_power_of_2(modes)
+    block_d = min(next_power_of_2(channels), max(1, TILE // (2 * block_m)))
+    sequences = min(SEQUENCES, next_power_of_2(batch))
     with on_device(x):
-        modes_step_kernel[(triton.cdiv(batch, sequences) * triton.cdiv(channels, block_d),)](
+        modes_step_kernel[(cdiv(batch, sequences) * cdiv(channels, block_d),)](
             x, key, query, rate, weight, rate if D is None else D.contiguous(), own, y,
             batch, channels, x.stride(0), key.stride(0), query.stride(0), own.stride(0), own.stride(1),
             M=modes, GATED=q is not None, HAS_D=D is not None, SEQUENCES=sequences,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv
 from zoo.ops.semiseparable.kernels.launch import on_device
 
 BLOCK = 256  # modes of a program
@@ -115,7 +116,7 @@ def launch(
     channels, modes = C.shape[:2]
     raw = rate.contiguous()
     with on_device(C):
-        system_kernel[(triton.cdiv(channels * modes, BLOCK),)](
+        system_kernel[(cdiv(channels * modes, BLOCK),)](
             dt.contiguous(), raw, raw if turn is None else turn.contiguous(), raw if B is None else B.contiguous(),
             C.contiguous(), less, weight, channels * modes, rate.shape[0],
             M=modes, DT=dt_transform, RATE=rate_transform, TURN=turn_transform, SIGN=turn_sign, ZOH=disc == "zoh",

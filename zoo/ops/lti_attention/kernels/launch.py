@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.lti_attention.kernels.mixing import mix_kernel
 from zoo.ops.lti_attention.kernels.states import states_kernel
 from zoo.ops.lti_attention.kernels.tables import table_gradient_kernel, tap_gradient_kernel
@@ -57,10 +57,10 @@ def sizes_of(v: Tensor, taps: Tensor, modes: int, cu_seqlens: Tensor | None) -> 
     chunk = taps.shape[1]
     single = v.dtype == torch.float32
     tile = 32 if single else 64
-    block_k = triton.next_power_of_2(P)
-    rows = max(16, block_k, min(tile, triton.next_power_of_2(modes) * block_k))
+    block_k = next_power_of_2(P)
+    rows = max(16, block_k, min(tile, next_power_of_2(modes) * block_k))
     if cu_seqlens is None:
-        S, slots = B, B * triton.cdiv(T, chunk)
+        S, slots = B, B * cdiv(T, chunk)
     else:
         S = cu_seqlens.numel() - 1
         slots = T // chunk + S
@@ -71,7 +71,7 @@ def sizes_of(v: Tensor, taps: Tensor, modes: int, cu_seqlens: Tensor | None) -> 
     }  # fmt: skip
     block_p = max(16, block_k)
     return Sizes(
-        T, H, modes, P, S, slots, chunk, tile, triton.cdiv(modes * block_k, rows), block_p, min(64, block_p), common,
+        T, H, modes, P, S, slots, chunk, tile, cdiv(modes * block_k, rows), block_p, min(64, block_p), common,
         {"M": modes, "BLOCK_K": block_k, "ROWS": rows},
     )  # fmt: skip
 
@@ -224,7 +224,7 @@ def table_gradient(
     """See `table_gradient_kernel`; [H,2,M,LAGS] float32."""
     made = torch.empty(table.shape, dtype=torch.float32, device=a.device)
     lags = table.shape[-1]
-    table_gradient_kernel[(triton.cdiv(lags, size.tile) * size.H, size.row_blocks)](
+    table_gradient_kernel[(cdiv(lags, size.tile) * size.H, size.row_blocks)](
         a, b, states, entering, cu_seqlens, owner, made, size.T, size.slots, *strides(a, b),
         LAGS=lags, HAS_FIRST=given, POWERS=powers, BLOCK_P=size.block_p, **size.common, **size.rows,
     )  # fmt: skip
@@ -237,7 +237,7 @@ def tap_gradient(
     """Gradient of the taps, [H,CHUNK] float32: pairs of tiles by their distance, then sums along diagonals."""
     tile, tiles = size.tile, size.tiles
     splits = max(1, min(size.slots, ENOUGH_PROGRAMS // (size.H * tiles)))
-    each = triton.cdiv(size.slots, splits)
+    each = cdiv(size.slots, splits)
     sums = torch.empty((splits, size.H, tiles, tile, tile), dtype=torch.float32, device=q.device)
     tap_gradient_kernel[(size.H * tiles, splits)](
         q, k, v, dy, cu_seqlens, owner, sums, size.T, size.slots, each, *strides(q, k, v, dy),

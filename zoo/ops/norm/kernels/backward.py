@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv
 from zoo.ops.norm.kernels.rows import as_rows, block_of
 
 PROGRAMS = 528  # row ranges, times the groups: four per multiprocessor of an H100 or H200
@@ -84,8 +85,8 @@ def norm_backward(
     cotangents, values = as_rows(dy), as_rows(x)
     gates = values if z is None else as_rows(z)
     rows, groups = values.shape[0], channels // group_size
-    rows_per_program = triton.cdiv(rows, PROGRAMS)
-    parts = triton.cdiv(rows, rows_per_program)
+    rows_per_program = cdiv(rows, PROGRAMS)
+    parts = cdiv(rows, rows_per_program)
     partial = torch.empty((parts, channels), dtype=torch.float32, device=x.device)
     block, warps = block_of(group_size)
     warps = WARPS or warps

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
+
+from zoo.ops.kernels.rows import next_power_of_2
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -14,5 +15,5 @@ def as_rows(x: Tensor) -> Tensor:
 
 def block_of(group: int) -> tuple[int, int]:
     """Block size that covers a group, and the number of warps for it."""
-    block = max(16, triton.next_power_of_2(group))
+    block = max(16, next_power_of_2(group))
     return block, 1 if block <= 512 else min(16, block // 512)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import add_product
+from zoo.ops.kernels.rows import cdiv
 from zoo.ops.kernels.widths import cut_width
 from zoo.ops.random_attention.kernels.tiles import row_block, tiles_for
 from zoo.ops.softmax_attention.kernels.tiles import wide_rows
@@ -163,7 +164,7 @@ def mix(weights: Tensor, v: Tensor, causal: bool) -> Tensor:
     queries, columns = weights.shape[1], batch * width
     y = torch.empty((batch, queries, heads, width), dtype=v.dtype, device=v.device)
     tiles = tiles_for(queries, columns, v.element_size())
-    grid = (triton.cdiv(queries, tiles.rows) * triton.cdiv(columns, tiles.columns), heads)
+    grid = (cdiv(queries, tiles.rows) * cdiv(columns, tiles.columns), heads)
     _mix[grid](
         weights, v, y, queries, keys, columns, *v.stride()[:3], *y.stride()[:3],
         P=width, CAUSAL=causal, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.terms,
@@ -179,7 +180,7 @@ def mix_backward_values(weights: Tensor, dy: Tensor, causal: bool) -> Tensor:
     keys, columns = weights.shape[2], batch * width
     dv = torch.empty((batch, keys, heads, width), dtype=dy.dtype, device=dy.device)
     tiles = tiles_for(keys, columns, dy.element_size())
-    grid = (triton.cdiv(keys, tiles.rows) * triton.cdiv(columns, tiles.columns), heads)
+    grid = (cdiv(keys, tiles.rows) * cdiv(columns, tiles.columns), heads)
     _mix_bwd_values[grid](
         weights, dy, dv, queries, keys, columns, *dy.stride()[:3], *dv.stride()[:3],
         P=width, CAUSAL=causal, BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.terms,
@@ -197,7 +198,7 @@ def mix_backward_table(weights: Tensor, v: Tensor, y: Tensor, dy: Tensor, causal
     width = v.shape[3]
     dtable = torch.empty((heads, queries, keys), dtype=torch.float32, device=v.device)
     tiles = tiles_for(queries, keys, v.element_size())
-    grid = (triton.cdiv(queries, tiles.rows) * triton.cdiv(keys, tiles.columns), heads)
+    grid = (cdiv(queries, tiles.rows) * cdiv(keys, tiles.columns), heads)
     _mix_bwd_table[grid](
         weights, v, dy, delta, dtable, queries, keys, v.shape[0] * width, *v.stride()[:3], *dy.stride()[:3],
         P=width, CAUSAL=causal, HAS_DELTA=not exact,

@@ -70,7 +70,7 @@ def scan_kernel(
         t = first + tile * TILE
         if tile * TILE % CHUNK == 0:
             saved = in_e & (zero + start < t)
-            store_states(states_ptr + tile * TILE // CHUNK * E * N, state, e, saved, N, TILES, ROWS, BLOCK_E)
+            store_states(states_ptr + (t - first) // CHUNK * (E * N), state, e, saved, N, TILES, ROWS, BLOCK_E)
         left = (stop - t).to(tl.int32)
         raws, values, gates = next_raw, next_value, next_gate
         next_raw = load_tokens(dt_ptr, t + TILE, dt_stride, left - TILE, e, in_e, TILE, True)

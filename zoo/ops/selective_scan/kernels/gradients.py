@@ -59,6 +59,107 @@ def keep_states(
     return state
 
 
+@triton.jit
+def entering_states(
+    states_ptr, initial_ptr, initial_offset, first, start, e, in_e,
+    HAS_INITIAL: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """What enters the chunk that begins at token `first`: the kept state, or the initial one of the sequence."""
+    zero = tl.zeros([BLOCK_E], tl.int32)
+    state = load_states(states_ptr, e, in_e & (zero + start < first), N, TILES, ROWS, BLOCK_E)
+    if HAS_INITIAL:
+        begins = in_e & (zero + first == start)
+        loaded = load_states(initial_ptr + initial_offset, e, begins, N, TILES, ROWS, BLOCK_E)
+        joined = ()
+        for r in tl.static_range(TILES):
+            joined = joined + (state[r] + loaded[r],)
+        state = joined
+    return state
+
+
+@triton.jit
+def tile_states(
+    state, rate, bias, raw, value,  # [TILES][ROWS,BLOCK_E] twice, [BLOCK_E], [TILE][BLOCK_E] twice
+    B_ptr, t, stop, left, in_e, B_stride: tl.constexpr,
+    N: tl.constexpr, SOFTPLUS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Of the tokens of a tile: time steps [TILE], decays, and decays times the states before, [TILE TILES]."""
+    zero = tl.zeros([BLOCK_E], tl.int32)
+    steps, decays, kept = (), (), ()
+    for k in tl.static_range(TILE):
+        row = tl.minimum(t + k, stop - 1) * B_stride  # beyond the end any token does: the step is 0
+        step = time_step(raw[k].to(tl.float32) + bias, in_e & (zero + k < left), SOFTPLUS)
+        entering = step * value[k].to(tl.float32)
+        steps = steps + (step,)
+        held = ()
+        for r in tl.static_range(TILES):
+            decay = tl.exp2(rate[r] * step[None, :])
+            decayed = decay * state[r]
+            decays, kept = decays + (decay,), kept + (decayed,)
+            if k < TILE - 1:
+                held = held + (decayed + load_row(B_ptr + row, r, N, ROWS)[:, None] * entering[None, :],)
+        state = held
+    return steps, decays, kept
+
+
+@triton.jit
+def reverse_token(
+    grad, drate, rate, bias, skip,  # [TILES][ROWS,BLOCK_E] three times, [BLOCK_E] twice
+    steps, decays, kept, raw, value, cotangent, gates, e, in_e,  # of a tile's tokens, see `tile_states`
+    B_ptr, C_ptr, dx_ptr, ddt_ptr, dz_ptr, dB_ptr, dC_ptr,
+    t, stop, left, shift, E: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
+    HAS_Z: tl.constexpr, SOFTPLUS: tl.constexpr, k: tl.constexpr,
+    TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of token k of the tile that begins at t, from `grad`, that of the state after it.
+
+    Returns the gradient of the state before it, drate with its share, and what it adds to those of D and dt_bias.
+    """
+    row = tl.minimum(t + k, stop - 1) * (G * N)
+    zero = tl.zeros([BLOCK_E], tl.int32)
+    here = in_e & (zero + k < left)
+    at = (t + k) * E + e
+    step, v = steps[k], value[k].to(tl.float32)
+    weight = cotangent[k].to(tl.float32)
+    out = skip * v
+    if HAS_Z:
+        gate = gates[k].to(tl.float32)
+        slope = sigmoid(gate)
+        tilted = weight * slope * (1.0 + gate * (1.0 - slope))
+        weight = weight * gate * slope
+    entered, crossed = tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32)
+    entering = step * v
+    lower, sums = (), ()
+    for r in tl.static_range(TILES):
+        key, query = load_row(B_ptr + row, r, N, ROWS), load_row(C_ptr + row, r, N, ROWS)
+        decayed = kept[k * TILES + r]
+        held = decayed + key[:, None] * entering[None, :]
+        if HAS_Z:
+            out += tl.sum(held * query[:, None], axis=0)
+        part = grad[r] + query[:, None] * weight[None, :]
+        both = tl.join(held * weight[None, :], part * entering[None, :])
+        dquery, dkey = tl.split(tl.sum(both, axis=1))  # [ROWS]
+        entered += tl.sum(part * key[:, None], axis=0)  # gradient of dt x
+        crossing = part * decayed
+        crossed += tl.sum(crossing * rate[r], axis=0)
+        sums = sums + (drate[r] + crossing * step[None, :],)
+        lower = lower + (part * decays[k * TILES + r],)
+        n = r * ROWS + tl.arange(0, ROWS)
+        live = (n < N) & (tl.zeros([ROWS], tl.int32) + k < left)
+        tl.store(dC_ptr + (t + k + shift) * N + n, dquery, mask=live)
+        tl.store(dB_ptr + (t + k + shift) * N + n, dkey, mask=live)
+    dstep = crossed * LN2 + v * entered
+    if SOFTPLUS:
+        dstep = dstep * sigmoid(raw[k].to(tl.float32) + bias)
+    dstep = tl.where(here, dstep, 0.0)
+    if HAS_Z:
+        tl.store(dz_ptr + at, (tilted * out).to(dz_ptr.dtype.element_ty), mask=here)
+    tl.store(ddt_ptr + at, dstep.to(ddt_ptr.dtype.element_ty), mask=here)
+    tl.store(dx_ptr + at, (step * entered + skip * weight).to(dx_ptr.dtype.element_ty), mask=here)
+    return lower, sums, weight * v, dstep
+
+
 @triton.jit(do_not_specialize=["T", "rows", "pieces", "SEGMENT", "slab", "SLAB"])
 def gradient_kernel(
     x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, dy_ptr,  # [BT,E] three times, [BT,G,N] twice, [BT,E]; B, C float32, contiguous
@@ -123,16 +224,11 @@ def gradient_kernel(
         first = begin + (chunks - 1 - number) * CHUNK
         stop = tl.minimum(first + CHUNK, finish)
         tiles = ((stop - first + TILE - 1) // TILE).to(tl.int32)
-        inside = in_e & (zero + start < first)
         slot = start // CHUNK + (first - start) // CHUNK - 1
-        state = load_states(states_ptr + slot * E * N, e, inside, N, TILES, ROWS, BLOCK_E)
-        if HAS_INITIAL:
-            begins = in_e & (zero + first == start)
-            loaded = load_states(initial_ptr + sequence * E * N, e, begins, N, TILES, ROWS, BLOCK_E)
-            joined = ()
-            for r in tl.static_range(TILES):
-                joined = joined + (state[r] + loaded[r],)
-            state = joined
+        state = entering_states(
+            states_ptr + slot * E * N, initial_ptr, sequence * E * N, first, start, e, in_e,
+            HAS_INITIAL, N, TILES, ROWS, BLOCK_E,
+        )  # fmt: skip
         state = keep_states(
             state, rate, bias, e, in_e, scratch_ptr, dt_ptr, x_ptr, B_ptr, dt_stride, x_stride, G * N,
             first, stop, tiles, N, SOFTPLUS, TILE, TILES, ROWS, BLOCK_E,
@@ -146,69 +242,22 @@ def gradient_kernel(
             value = load_tokens(x_ptr, t, x_stride, left, e, in_e, TILE, True)
             cotangent = load_tokens(dy_ptr, t, dy_stride, left, e, in_e, TILE, True)
             gates = load_tokens(z_ptr, t, z_stride, left, e, in_e, TILE, HAS_Z)
-            steps, decays, kept = (), (), ()  # kept: decay times the state before
-            for k in tl.static_range(TILE):
-                row = tl.minimum(t + k, stop - 1) * (G * N)  # beyond the end any token does: the step is 0
-                step = time_step(raw[k].to(tl.float32) + bias, in_e & (zero + k < left), SOFTPLUS)
-                entering = step * value[k].to(tl.float32)
-                steps = steps + (step,)
-                held = ()
-                for r in tl.static_range(TILES):
-                    decay = tl.exp2(rate[r] * step[None, :])
-                    decayed = decay * state[r]
-                    decays, kept = decays + (decay,), kept + (decayed,)
-                    if k < TILE - 1:
-                        held = held + (decayed + load_row(B_ptr + row, r, N, ROWS)[:, None] * entering[None, :],)
-                state = held
+            steps, decays, kept = tile_states(
+                state, rate, bias, raw, value, B_ptr, t, stop, left, in_e,
+                G * N, N, SOFTPLUS, TILE, TILES, ROWS, BLOCK_E,
+            )  # fmt: skip
             if tile > 0:  # read for the next round
                 before = scratch_ptr + (tile - 1) * (TILES * ROWS * BLOCK_E)
                 after = load_states(before, own, zero == 0, TILES * ROWS, TILES, ROWS, BLOCK_E)
             else:
                 after = zero_states(TILES, ROWS, BLOCK_E)
             for i in tl.static_range(TILE):
-                k = TILE - 1 - i
-                row = tl.minimum(t + k, stop - 1) * (G * N)
-                here = in_e & (zero + k < left)
-                at = (t + k) * E + e
-                step, v = steps[TILE - 1 - i], value[TILE - 1 - i].to(tl.float32)
-                weight = cotangent[TILE - 1 - i].to(tl.float32)
-                out = skip * v
-                if HAS_Z:
-                    gate = gates[TILE - 1 - i].to(tl.float32)
-                    slope = sigmoid(gate)
-                    tilted = weight * slope * (1.0 + gate * (1.0 - slope))
-                    weight = weight * gate * slope
-                entered, crossed = tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32)
-                entering = step * v
-                lower, sums = (), ()
-                for r in tl.static_range(TILES):
-                    key, query = load_row(B_ptr + row, r, N, ROWS), load_row(C_ptr + row, r, N, ROWS)
-                    decayed = kept[(TILE - 1 - i) * TILES + r]
-                    held = decayed + key[:, None] * entering[None, :]
-                    if HAS_Z:
-                        out += tl.sum(held * query[:, None], axis=0)
-                    part = grad[r] + query[:, None] * weight[None, :]
-                    both = tl.join(held * weight[None, :], part * entering[None, :])
-                    dquery, dkey = tl.split(tl.sum(both, axis=1))  # [ROWS]
-                    entered += tl.sum(part * key[:, None], axis=0)  # gradient of dt x
-                    crossing = part * decayed
-                    crossed += tl.sum(crossing * rate[r], axis=0)
-                    sums = sums + (drate[r] + crossing * step[None, :],)
-                    lower = lower + (part * decays[(TILE - 1 - i) * TILES + r],)
-                    n = r * ROWS + tl.arange(0, ROWS)
-                    live = (n < N) & (tl.zeros([ROWS], tl.int32) + k < left)
-                    tl.store(dC_ptr + (t + k + shift) * N + n, dquery, mask=live)
-                    tl.store(dB_ptr + (t + k + shift) * N + n, dkey, mask=live)
-                grad, drate = lower, sums
-                dstep = crossed * LN2 + v * entered
-                if SOFTPLUS:
-                    dstep = dstep * sigmoid(raw[TILE - 1 - i].to(tl.float32) + bias)
-                dstep = tl.where(here, dstep, 0.0)
-                if HAS_Z:
-                    tl.store(dz_ptr + at, (tilted * out).to(dz_ptr.dtype.element_ty), mask=here)
-                tl.store(ddt_ptr + at, dstep.to(ddt_ptr.dtype.element_ty), mask=here)
-                tl.store(dx_ptr + at, (step * entered + skip * weight).to(dx_ptr.dtype.element_ty), mask=here)
-                dskip += weight * v
+                grad, drate, dvalue, dstep = reverse_token(
+                    grad, drate, rate, bias, skip, steps, decays, kept, raw, value, cotangent, gates, e, in_e,
+                    B_ptr, C_ptr, dx_ptr, ddt_ptr, dz_ptr, dB_ptr, dC_ptr, t, stop, left, shift, E, G, N,
+                    HAS_Z, SOFTPLUS, TILE - 1 - i, TILES, ROWS, BLOCK_E,
+                )  # fmt: skip
+                dskip += dvalue
                 dbias += dstep
             state = after
         tl.debug_barrier()  # the next chunk writes where this one reads

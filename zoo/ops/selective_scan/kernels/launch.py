@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv
 from zoo.ops.selective_scan import triton_path
 from zoo.ops.selective_scan.kernels import tuning
 from zoo.ops.selective_scan.kernels.carry import link_kernel, summary_kernel
@@ -33,7 +33,7 @@ class Pieces:
 def cut(tokens: int, sequences: int, size: int, cu_seqlens: Tensor | None) -> Pieces:
     """Cut every sequence at each `size` tokens; see `span_of` for the numbers of the pieces."""
     if cu_seqlens is None:
-        each = triton.cdiv(tokens, size)
+        each = cdiv(tokens, size)
         return Pieces(size, each, sequences * each, None)
     total = tokens // size + sequences
     sequence = torch.arange(sequences, device=cu_seqlens.device)
@@ -70,7 +70,7 @@ class Call:
     def programs(self) -> int:
         """Programs of a pass over all segments."""
         groups = self.B.shape[2]
-        return self.segments.total * groups * int(triton.cdiv(self.x.shape[2] // groups, self.blocks.e))
+        return self.segments.total * groups * int(cdiv(self.x.shape[2] // groups, self.blocks.e))
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def prepare(
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     cu_seqlens = contiguous(cu_seqlens)
     rows = batch if cu_seqlens is None else 1
-    size = segment_length(rows, tokens, groups * int(triton.cdiv(channels // groups, blocks.e)), blocks)
+    size = segment_length(rows, tokens, groups * int(cdiv(channels // groups, blocks.e)), blocks)
     gate = None if z is None else flat(z)
     A, D, dt_bias = single(A), None if D is None else single(D), None if dt_bias is None else single(dt_bias)
     return Call(
@@ -143,7 +143,7 @@ def arriving(call: Call, value: Tensor, key: Tensor, given: Tensor | None, *, re
         value.shape[1], segments.each, segments.size, value.stride(1), call.dt.stride(1),
         0 if gate is None else gate.stride(1), HAS_Z=gate is not None, REVERSE=reverse, **call.sizes,
     )  # fmt: skip
-    link_kernel[(call.sequences * triton.cdiv(channels, call.blocks.e),)](
+    link_kernel[(call.sequences * cdiv(channels, call.blocks.e),)](
         call.A, given, elapsed, call.cu_seqlens, carried, value.shape[1], segments.each, segments.size,
         E=channels, N=state, HAS_GIVEN=given is not None, PACKED=call.cu_seqlens is not None, REVERSE=reverse,
         **call.tiles,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv
 from zoo.ops.selective_scan import triton_path
 from zoo.ops.selective_scan.kernels import tuning
 from zoo.ops.selective_scan.kernels.gradients import gradient_kernel
@@ -29,10 +29,10 @@ def backward(dy: Tensor, dfinal: Tensor | None, states: Tensor, *inputs: Any) ->
     batch, tokens, channels = x.shape
     groups, state = B.shape[2:]
     segments, blocks = call.segments, call.blocks
-    parts = int(triton.cdiv(channels // groups, blocks.e))
+    parts = int(cdiv(channels // groups, blocks.e))
     packed = call.cu_seqlens is not None
     slab = segments.size if packed else slab_length(segments.size, 8 * segments.total * groups * parts * state)
-    slabs = int(triton.cdiv(segments.size, slab))
+    slabs = int(cdiv(segments.size, slab))
     rows = batch * tokens if packed else segments.total * slab
 
     def scratch(*shape: int, wanted: bool = True) -> Tensor:

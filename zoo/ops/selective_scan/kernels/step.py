@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import LOG2E, exp
-from zoo.ops.kernels.rows import rows, warps_for
+from zoo.ops.kernels.rows import cdiv, next_power_of_2, rows, warps_for
 from zoo.ops.kernels.time_step import softplus
 from zoo.ops.semiseparable.kernels.launch import on_device
 
@@ -97,11 +97,11 @@ def launch(
     x, dt, B, C = (rows(part) for part in (x, dt, B, C))
     gate = x if z is None else rows(z)
     own = rows(state)
-    block_n: int = triton.next_power_of_2(state.shape[2])
-    block_e = min(triton.next_power_of_2(channels), max(1, TILE // block_n))
-    sequences = min(SEQUENCES, triton.next_power_of_2(batch))
+    block_n: int = next_power_of_2(state.shape[2])
+    block_e = min(next_power_of_2(channels), max(1, TILE // block_n))
+    sequences = min(SEQUENCES, next_power_of_2(batch))
     with on_device(x):
-        selective_scan_step_kernel[(triton.cdiv(batch, sequences) * triton.cdiv(channels, block_e),)](
+        selective_scan_step_kernel[(cdiv(batch, sequences) * cdiv(channels, block_e),)](
             x, dt, A.contiguous(), B, C, A if D is None else D.contiguous(), gate,
             A if dt_bias is None else dt_bias.contiguous(), own, y,
             batch, channels, channels // B.shape[1],

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
-
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.selective_scan import triton_path
 
 LANES = 32
@@ -47,7 +46,7 @@ BACK = {
 def blocks_for(table: dict[int, Blocks], state: int) -> Blocks:
     """Sizes for N states of a channel from AHEAD or BACK; fewer states than a row of the table have fewer rows."""
     found = table[min(limit for limit in table if state <= limit)]
-    padded = max(4, int(triton.next_power_of_2(state)))
+    padded = max(4, int(next_power_of_2(state)))
     while found.tiles * found.rows > padded:
         tiles, rows = (found.tiles // 2, found.rows) if found.tiles > 1 else (1, found.rows // 2)
         found = Blocks(tiles, rows, found.e, found.tile, found.warps, found.resident)
@@ -59,12 +58,12 @@ def segment_length(rows: int, tokens: int, programs: int, blocks: Blocks) -> int
 
     A sequence stays whole if its programs alone come to half of what the device holds.
     """
-    whole = int(triton.cdiv(tokens, triton_path.CHUNK)) * triton_path.CHUNK
+    whole = int(cdiv(tokens, triton_path.CHUNK)) * triton_path.CHUNK
     held = PROCESSORS * blocks.resident // blocks.warps
     if 2 * rows * programs > held:
         return whole
-    length = triton.cdiv(tokens, held // (rows * programs))
-    return min(whole, max(SHORTEST_SEGMENT, int(triton.cdiv(length, triton_path.CHUNK)) * triton_path.CHUNK))
+    length = cdiv(tokens, held // (rows * programs))
+    return min(whole, max(SHORTEST_SEGMENT, int(cdiv(length, triton_path.CHUNK)) * triton_path.CHUNK))
 
 
 def slab_length(segment: int, row: int) -> int:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.semiseparable.kernels.forward import forward_kernel
 from zoo.ops.semiseparable.kernels.gradients import key_gradient_kernel, value_gradient_kernel
 from zoo.ops.semiseparable.kernels.states import states_kernel
 
+NOTHING = contextlib.nullcontext()
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -40,18 +41,18 @@ def sizes_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Sizes:
     G, N = q.shape[2:]
     single = v.dtype == torch.float32
     operand_bytes = 2 if v.dtype == torch.bfloat16 else 4
-    block_n = max(16, triton.next_power_of_2(N))
-    block_p = min(64 if operand_bytes == 2 and block_n <= 128 else 32, max(16, triton.next_power_of_2(P)))
+    block_n = max(16, next_power_of_2(N))
+    block_p = min(64 if operand_bytes == 2 and block_n <= 128 else 32, max(16, next_power_of_2(P)))
     chunk = 32 if single or block_n * operand_bytes > 512 else 64
     warps = 8 if single and block_n >= 64 else 4
     if cu_seqlens is None:
-        S, slots = B, B * triton.cdiv(T, chunk)
+        S, slots = B, B * cdiv(T, chunk)
     else:
         S = cu_seqlens.numel() - 1
         slots = T // chunk + S
     constants = {"CHUNK": chunk, "BLOCK_N": block_n, "BLOCK_P": block_p, "OPERAND": OPERANDS[v.dtype]}
     blocks = constants | {"H": H, "J": H // G, "N": N, "P": P, "PACKED": cu_seqlens is not None}
-    return Sizes(T, H, S, slots, triton.cdiv(P, block_p), blocks | {"num_warps": warps, "num_stages": 2})
+    return Sizes(T, H, S, slots, cdiv(P, block_p), blocks | {"num_warps": warps, "num_stages": 2})
 
 
 def flat(part: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def forward(
 
 def backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -107,13 +108,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay, scale and the initial state; empty tensors for those that are absent.
 
+    dfinal: None for zeros.
     Chunk states are computed anew, and with their gradients live in scratch memory until the end of this function:
     8 H N P bytes for every chunk. Order of summation is fixed, so gradients are the same in every run.
     """
     size = sizes_of(q, v, cu_seqlens)
     dy, q, k, v = flat(dy.to(v.dtype)), flat(q), flat(k), flat(v)
     log_decay, scale, initial_state = contiguous(log_decay), contiguous(scale), contiguous(initial_state)
-    cu_seqlens, dfinal = contiguous(cu_seqlens), dfinal.contiguous()
+    cu_seqlens, dfinal = contiguous(cu_seqlens), contiguous(dfinal)
     B, T, H, P = v.shape
     G, N = q.shape[2:]
 
@@ -139,7 +141,7 @@ def backward(
         )  # fmt: skip
         states_kernel[(size.S * H, size.column_blocks)](
             q, dy, log_decay, scale, dfinal, cu_seqlens, leaving, dinitial, T, *strides(q, dy),
-            HAS_FIRST=True, REVERSE=True, STORE_LAST=initial_state is not None, **options,
+            HAS_FIRST=dfinal is not None, REVERSE=True, STORE_LAST=initial_state is not None, **options,
         )  # fmt: skip
         value_gradient_kernel[(size.slots * H,)](
             q, k, v, dy, log_decay, scale, cu_seqlens, owner, leaving, dv, dscale, T, *strides(q, k, v, dy), **options
@@ -153,5 +155,7 @@ def backward(
 
 
 def on_device(tensor: Tensor) -> Any:
-    """Context in which kernels go to the device of `tensor`; a CPU tensor (Triton's interpreter) needs none."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Context in which kernels go to the device of `tensor`; none on the current one or a CPU."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return NOTHING
+    return torch.cuda.device(tensor.device)

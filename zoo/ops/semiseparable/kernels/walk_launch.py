@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.semiseparable.kernels.launch import OPERANDS, contiguous, flat, on_device, strides
 from zoo.ops.semiseparable.kernels.walk import row_products_kernel, walk_kernel
 
@@ -103,10 +103,10 @@ def walk(
     if decays is not None:
         assert decays.s.shape[2] == blocks.chunk, "sums of decays belong to chunks of the walk"
     S = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    block_p = min(blocks.channels, max(16, triton.next_power_of_2(P)))
+    block_p = min(blocks.channels, max(16, next_power_of_2(P)))
     per_token = [0 if part is None else step for part in (rows, weights, shift) for step in _steps(part)]
     with on_device(query):
-        walk_kernel[(S * H * triton.cdiv(P, block_p),)](
+        walk_kernel[(S * H * cdiv(P, block_p),)](
             query, key, value, decays and decays.s, decays and decays.r, decays and decays.first, skip,
             *(part and part.values for part in (rows, weights, shift)),
             start.matrix, start.vector, cu_seqlens, out, end.matrix, end.vector,
@@ -118,7 +118,7 @@ def walk(
             HAS_WEIGHT=weights is not None, SHIFTED=shifted,
             HAS_START=start.matrix is not None, HAS_START_VECTOR=start.vector is not None,
             STORE_END=end.matrix is not None,
-            CHUNK=blocks.chunk, BLOCK_N=max(16, triton.next_power_of_2(N)), BLOCK_P=block_p,
+            CHUNK=blocks.chunk, BLOCK_N=max(16, next_power_of_2(N)), BLOCK_P=block_p,
             OPERAND=OPERANDS[query.dtype], num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
@@ -167,7 +167,7 @@ def linear_forward(
 
 def linear_backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -180,14 +180,16 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the initial state (empty if absent): three walks with the roles exchanged.
 
+    dfinal: None for zeros.
+
     dv_j = sum_{i>=j} <k_j, q_i> a_i dy_i; dq_i = a_i sum_{j<=i} (<dy_i, v_j> + b_i) k_j;
     dk_j = sum_{i>=j} (<v_j, dy_i> + b_i) a_i q_i; a the row factors and b_i = -<dy_i, y_i>, or a = scale and b = 0.
     """
     dy, q, k, v, cu_seqlens = flat(dy.to(v.dtype)), flat(q), flat(k), flat(v), contiguous(cu_seqlens)
-    dfinal, initial_state = dfinal.contiguous(), contiguous(initial_state)
+    dfinal, initial_state = contiguous(dfinal), contiguous(initial_state)
     B, T, H, _ = q.shape
     G = v.shape[2]
-    dinitial = torch.empty(dfinal.shape if initial_state is not None else 0, dtype=torch.float32, device=v.device)
+    dinitial = torch.empty(0 if initial_state is None else initial_state.shape, dtype=torch.float32, device=v.device)
     shift = row_products(dy, y) if normalise else None
     factors = Tokens(rows) if normalise else None
     shifted = ("rows", "keys") if normalise else ("", "")
@@ -217,8 +219,8 @@ def row_products(dy: Tensor, y: Tensor) -> Tokens:
     B, T, H, P = y.shape
     made = Tokens.empty(B * T, H, y.device)
     with on_device(y):
-        row_products_kernel[(triton.cdiv(B * T, 32), H)](
-            dy, y, made.values, B * T, *strides(dy, y), P=P, ROWS=32, BLOCK_P=max(16, triton.next_power_of_2(P)),
+        row_products_kernel[(cdiv(B * T, 32), H)](
+            dy, y, made.values, B * T, *strides(dy, y), P=P, ROWS=32, BLOCK_P=max(16, next_power_of_2(P)),
             num_warps=4,
         )  # fmt: skip
     return made

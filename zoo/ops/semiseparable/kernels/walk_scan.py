@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from zoo.ops.semiseparable.kernels.launch import contiguous, flat
+from zoo.ops.semiseparable.kernels.launch import contiguous, flat, on_device
 from zoo.ops.semiseparable.kernels.walk_launch import Decays, State, Tokens, blocks_for, walk
 from zoo.ops.ssd.kernels.chunks import chunks_of, decay_sums
 
@@ -33,7 +33,8 @@ def forward(
     if log_decay is not None:
         chunks = chunks_of(v, cu_seqlens, blocks_for(v.dtype, N).chunk)
         ones = torch.ones(H, dtype=torch.float32, device=v.device)
-        s, _ = decay_sums(chunks, log_decay, ones, None, False, (-math.inf, math.inf))
+        with on_device(v):
+            s, _ = decay_sums(chunks, log_decay, ones, None, False, (-math.inf, math.inf))
         decays = Decays(s, s, chunks.first if chunks.packed else None)
     weights = None if scale is None else Tokens(scale.reshape(B * T, H))
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.short_convolution.kernels.inputs import input_tile, rows_contiguous, sequence_of_tokens, spans
 from zoo.ops.short_convolution.kernels.walk import backward_rows
 
@@ -34,7 +35,8 @@ def _convolution_bwd(
     dx_ptr, partial_ptr,  # -> [B,T,D], [programs,W+1,D]: taps, bias
     sequence_ptr, cu_ptr,  # [T] [S+1] if PACKED
     T, D, dy_stride_b, dy_stride_t, x_stride_b, x_stride_t,
-    W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr,
+    W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_FINAL: tl.constexpr,
+    PACKED: tl.constexpr, SILU: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """One program owns TILES * BLOCK_T tokens of BLOCK_D channels of one row: their dx, their share of the sums."""
@@ -72,7 +74,7 @@ def _convolution_bwd(
                     p = t + (k - (W - 1))
                     x = input_tile(x_row, state_ptr, p, s, start, end, d, in_d, D, x_stride_t, W, HAS_STATE)
                     dweight += tl.where((tap == k)[None, :], tl.sum(g * x, axis=0)[:, None], 0.0)
-        if W > 1:
+        if HAS_FINAL and W > 1:
             c = t - (end - (W - 1))
             kept = (c >= 0) & (t < end)
             at = dfinal_ptr + (s[:, None] * D + d[None, :]) * (W - 1) + c[:, None]
@@ -90,7 +92,7 @@ def _initial_state_bwd(
     dstate_ptr,  # -> [S,D,W-1]
     cu_ptr,  # [S+1] if PACKED
     T, D, dy_stride_b, dy_stride_t, x_stride_b, x_stride_t,
-    W: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr,
+    W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FINAL: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_D channels of the state gradient of one sequence: its first W-1 tokens see the state."""
@@ -109,7 +111,7 @@ def _initial_state_bwd(
     # a sequence shorter than the state leaves its newer part in the final state
     stays = c - (end - start)
     dstate = tl.load(
-        dfinal_ptr + at[:, None] + stays[None, :], mask=kept & (stays >= 0)[None, :], other=0.0
+        dfinal_ptr + at[:, None] + stays[None, :], mask=kept & ((stays >= 0) & HAS_FINAL)[None, :], other=0.0
     ).to(tl.float32)  # fmt: skip
     for i in tl.static_range(W - 1):
         live = in_d & (d * 0 + i < end - start)
@@ -132,7 +134,7 @@ def _initial_state_bwd(
 
 def convolution_backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -143,22 +145,25 @@ def convolution_backward(
     """Launch the kernels; arguments and results as those of the custom operator."""
     batch, tokens, channels = x.shape
     width = weight.shape[1]
-    x, dy, dfinal = rows_contiguous(x), rows_contiguous(dy), dfinal.contiguous()
+    x, dy = rows_contiguous(x), rows_contiguous(dy)
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    late = x if dfinal is None else dfinal
     taps = weight.contiguous()
     offset = x if bias is None else bias.contiguous()
     state = None if initial_state is None or width == 1 else initial_state.to(x.dtype).contiguous()
     packed = cu_seqlens is not None
     sequence, ends = (x, x) if cu_seqlens is None else sequence_of_tokens(cu_seqlens, tokens)
-    programs = batch * triton.cdiv(tokens, TILES * BLOCK_T)
-    column_blocks = triton.cdiv(channels, BLOCK_D)
+    programs = batch * cdiv(tokens, TILES * BLOCK_T)
+    column_blocks = cdiv(channels, BLOCK_D)
     dx = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
     if packed:
         partial = torch.empty((programs, width + 1, channels), dtype=torch.float32, device=x.device)
         _convolution_bwd[(programs, column_blocks)](
-            dy, dfinal, x, taps, offset, x if state is None else state, dx, partial, sequence, ends,
+            dy, late, x, taps, offset, x if state is None else state, dx, partial, sequence, ends,
             tokens, channels, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
-            W=width, HAS_BIAS=bias is not None, HAS_STATE=state is not None, PACKED=packed, SILU=silu,
-            BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, BLOCK_W=max(2, triton.next_power_of_2(width)), TILES=TILES, num_warps=4,
+            W=width, HAS_BIAS=bias is not None, HAS_STATE=state is not None, HAS_FINAL=dfinal is not None,
+            PACKED=packed, SILU=silu,
+            BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, BLOCK_W=max(2, next_power_of_2(width)), TILES=TILES, num_warps=4,
         )  # fmt: skip
         sums = partial.sum(0)  # [W+1, D]
     else:
@@ -172,9 +177,9 @@ def convolution_backward(
     dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=x.device)
     if state is not None:
         _initial_state_bwd[(state.shape[0], column_blocks)](
-            dy, dfinal, x, taps, offset, state, dinitial, ends,
+            dy, late, x, taps, offset, state, dinitial, ends,
             tokens, channels, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
-            W=width, HAS_BIAS=bias is not None, PACKED=packed, SILU=silu,
-            BLOCK_D=BLOCK_D, BLOCK_W=max(2, triton.next_power_of_2(width - 1)), num_warps=1,
+            W=width, HAS_BIAS=bias is not None, HAS_FINAL=dfinal is not None, PACKED=packed, SILU=silu,
+            BLOCK_D=BLOCK_D, BLOCK_W=max(2, next_power_of_2(width - 1)), num_warps=1,
         )  # fmt: skip
     return dx, dweight, dbias, dinitial

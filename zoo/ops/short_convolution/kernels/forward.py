@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.short_convolution.kernels.inputs import input_tile, rows_contiguous, sequence_of_tokens, spans
 from zoo.ops.short_convolution.kernels.walk import forward_rows
 
@@ -85,9 +86,9 @@ def convolution_forward(
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     y = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
     final = torch.empty((sequences, channels, width - 1), dtype=x.dtype, device=x.device)
-    column_blocks = triton.cdiv(channels, BLOCK_D)
+    column_blocks = cdiv(channels, BLOCK_D)
     if packed:
-        _convolution_fwd[(batch * triton.cdiv(tokens, BLOCK_T), column_blocks)](
+        _convolution_fwd[(batch * cdiv(tokens, BLOCK_T), column_blocks)](
             x, weight, x if bias is None else bias.contiguous(), x if state is None else state, y, sequence, ends,
             tokens, channels, x.stride(0), x.stride(1),
             W=width, HAS_BIAS=bias is not None, HAS_STATE=state is not None, PACKED=packed, SILU=silu,
@@ -99,6 +100,6 @@ def convolution_forward(
         _final_state[(sequences, column_blocks)](
             x, x if state is None else state, final, ends, tokens, channels, x.stride(0), x.stride(1),
             W=width, HAS_STATE=state is not None, PACKED=packed,
-            BLOCK_D=BLOCK_D, BLOCK_W=max(2, triton.next_power_of_2(width - 1)), num_warps=1,
+            BLOCK_D=BLOCK_D, BLOCK_W=max(2, next_power_of_2(width - 1)), num_warps=1,
         )  # fmt: skip
     return y, final

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.short_convolution.kernels.forward import _final_state
 from zoo.ops.short_convolution.kernels.inputs import input_tile, rows_contiguous, sequence_of_tokens, spans
 
@@ -50,7 +51,7 @@ def _looped_dx(
     dy_ptr, dfinal_ptr, taps_ptr, dx_ptr,  # [B,T,D] [S,D,W-1] [W,D] -> [B,T,D]
     sequence_ptr, cu_ptr,  # [T] [S+1] if PACKED
     T, D, dy_stride_b, dy_stride_t,
-    W: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    W: tl.constexpr, HAS_FINAL: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns the gradient of BLOCK_T tokens of BLOCK_D channels: later outputs, and the final state."""
     blocks = tl.cdiv(T, BLOCK_T)
@@ -65,10 +66,11 @@ def _looped_dx(
         seen = ((t + j) < end)[:, None] & in_d[None, :]
         g = tl.load(dy_row + (t + j)[:, None] * dy_stride_t + d[None, :], mask=seen, other=0.0).to(tl.float32)
         dx += g * tl.load(taps_ptr + (W - 1 - j) * D + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
-    c = t - (end - (W - 1))
-    kept = (c >= 0) & (t < end)
-    at = dfinal_ptr + (s[:, None] * D + d[None, :]) * (W - 1) + c[:, None]
-    dx += tl.load(at, mask=kept[:, None] & in_d[None, :], other=0.0).to(tl.float32)
+    if HAS_FINAL:
+        c = t - (end - (W - 1))
+        kept = (c >= 0) & (t < end)
+        at = dfinal_ptr + (s[:, None] * D + d[None, :]) * (W - 1) + c[:, None]
+        dx += tl.load(at, mask=kept[:, None] & in_d[None, :], other=0.0).to(tl.float32)
     at = dx_ptr + (row * T + t[:, None]) * D + d[None, :]
     tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=(t < T)[:, None] & in_d[None, :])
 
@@ -109,7 +111,7 @@ def _looped_dstate(
     dy_ptr, dfinal_ptr, weight_ptr, dstate_ptr,  # [B,T,D] [S,D,W-1] [D,W] -> [S,D,W-1]
     cu_ptr,  # [S+1] if PACKED
     T, D, dy_stride_b, dy_stride_t,
-    W: tl.constexpr, PACKED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
+    W: tl.constexpr, HAS_FINAL: tl.constexpr, PACKED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_D channels of the state gradient of one sequence: its first W-1 tokens see the state."""
     s = tl.program_id(0).to(tl.int64)
@@ -122,7 +124,7 @@ def _looped_dstate(
     kept = in_d[:, None] & (c < W - 1)[None, :]
     at = (s * D + d)[:, None] * (W - 1)
     stays = c - (end - start)  # a sequence shorter than the state leaves its newer part in the final state
-    late = kept & (stays >= 0)[None, :]
+    late = kept & ((stays >= 0) & HAS_FINAL)[None, :]
     dstate = tl.load(dfinal_ptr + at + stays[None, :], mask=late, other=0.0).to(tl.float32)
     for i in range(0, tl.minimum(end - start, W - 1).to(tl.int32)):
         g = tl.load(dy_ptr + row * dy_stride_b + (start + i) * dy_stride_t + d, mask=in_d, other=0.0).to(tl.float32)
@@ -147,21 +149,21 @@ def looped_forward(
     final = torch.empty((sequences, channels, width - 1), dtype=x.dtype, device=x.device)
     flags = {"W": width, "HAS_STATE": state is not None, "PACKED": cu_seqlens is not None}
     held = x if state is None else state
-    _looped_fwd[(batch * triton.cdiv(tokens, BLOCK_T), triton.cdiv(channels, BLOCK_D))](
+    _looped_fwd[(batch * cdiv(tokens, BLOCK_T), cdiv(channels, BLOCK_D))](
         x, taps, x if bias is None else bias.contiguous(), held, y, sequence, ends,
         tokens, channels, x.stride(0), x.stride(1),
         HAS_BIAS=bias is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, **flags, num_warps=4,
     )  # fmt: skip
-    _final_state[(sequences, triton.cdiv(channels, STATE_BLOCK_D))](
+    _final_state[(sequences, cdiv(channels, STATE_BLOCK_D))](
         x, held, final, ends, tokens, channels, x.stride(0), x.stride(1),
-        BLOCK_D=STATE_BLOCK_D, BLOCK_W=max(2, triton.next_power_of_2(width - 1)), **flags, num_warps=4,
+        BLOCK_D=STATE_BLOCK_D, BLOCK_W=max(2, next_power_of_2(width - 1)), **flags, num_warps=4,
     )  # fmt: skip
     return y, final
 
 
 def looped_backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -171,24 +173,25 @@ def looped_backward(
     """Gradients of x, weight, bias and the initial state; [0] for one that did not come."""
     batch, tokens, channels = x.shape
     width = weight.shape[1]
-    x, dy, dfinal = rows_contiguous(x), rows_contiguous(dy), dfinal.contiguous()
+    x, dy = rows_contiguous(x), rows_contiguous(dy)
+    late = x if dfinal is None else dfinal.contiguous()
     weight = weight.contiguous()
     state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
     sequence, ends = (x, x) if cu_seqlens is None else sequence_of_tokens(cu_seqlens, tokens)
     packed = cu_seqlens is not None
     dy_steps, x_steps = (dy.stride(0), dy.stride(1)), (x.stride(0), x.stride(1))
-    column_blocks = triton.cdiv(channels, BLOCK_D)
+    column_blocks = cdiv(channels, BLOCK_D)
     dx = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-    _looped_dx[(batch * triton.cdiv(tokens, BLOCK_T), column_blocks)](
-        dy, dfinal, weight.t().contiguous(), dx, sequence, ends, tokens, channels, *dy_steps,
-        W=width, PACKED=packed, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
+    _looped_dx[(batch * cdiv(tokens, BLOCK_T), column_blocks)](
+        dy, late, weight.t().contiguous(), dx, sequence, ends, tokens, channels, *dy_steps,
+        W=width, HAS_FINAL=dfinal is not None, PACKED=packed, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
     )  # fmt: skip
-    programs = batch * triton.cdiv(tokens, SEGMENT)
+    programs = batch * cdiv(tokens, SEGMENT)
     partial = torch.empty((programs, width + 1, channels), dtype=torch.float32, device=x.device)
-    _looped_dweight[(programs, triton.cdiv(channels, BLOCK_D // 2))](
+    _looped_dweight[(programs, cdiv(channels, BLOCK_D // 2))](
         dy, x, x if state is None else state, partial, sequence, ends, tokens, channels, *dy_steps, *x_steps,
         W=width, HAS_STATE=state is not None, PACKED=packed,
-        SEGMENT=SEGMENT, BLOCK_D=BLOCK_D // 2, BLOCK_W=triton.next_power_of_2(width), num_warps=4,
+        SEGMENT=SEGMENT, BLOCK_D=BLOCK_D // 2, BLOCK_W=next_power_of_2(width), num_warps=4,
     )  # fmt: skip
     sums = partial.sum(0)  # [W+1, D]
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device).copy_(sums[:width].t())
@@ -198,9 +201,9 @@ def looped_backward(
     if initial_state is None:
         return dx, dweight, dbias, x.new_empty(0)
     dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=x.device)
-    _looped_dstate[(initial_state.shape[0], triton.cdiv(channels, STATE_BLOCK_D))](
-        dy, dfinal, weight, dinitial, ends, tokens, channels, *dy_steps,
-        W=width, PACKED=packed,
-        BLOCK_D=STATE_BLOCK_D, BLOCK_W=max(2, triton.next_power_of_2(width - 1)), num_warps=4,
+    _looped_dstate[(initial_state.shape[0], cdiv(channels, STATE_BLOCK_D))](
+        dy, late, weight, dinitial, ends, tokens, channels, *dy_steps,
+        W=width, HAS_FINAL=dfinal is not None, PACKED=packed,
+        BLOCK_D=STATE_BLOCK_D, BLOCK_W=max(2, next_power_of_2(width - 1)), num_warps=4,
     )  # fmt: skip
     return dx, dweight, dbias, dinitial

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import LOG2E
-from zoo.ops.kernels.rows import rows, warps_for
+from zoo.ops.kernels.rows import cdiv, next_power_of_2, rows, warps_for
 from zoo.ops.semiseparable.kernels.launch import on_device
 
 TILE = 2048  # elements of the state that one program holds, 16 in each of 128 threads
@@ -53,10 +53,10 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, state: Te
     if x.numel() == 0:
         return y
     x, own = rows(x), rows(state)
-    block_w: int = triton.next_power_of_2(state.shape[2])
-    block_d = min(triton.next_power_of_2(channels), max(1, TILE // block_w))
+    block_w: int = next_power_of_2(state.shape[2])
+    block_d = min(next_power_of_2(channels), max(1, TILE // block_w))
     with on_device(x):
-        short_convolution_step_kernel[(batch * triton.cdiv(channels, block_d),)](
+        short_convolution_step_kernel[(batch * cdiv(channels, block_d),)](
             x, weight.contiguous(), x if bias is None else bias.contiguous(), own, y,
             channels, x.stride(0), own.stride(0), own.stride(1),
             PAST=state.shape[2], HAS_BIAS=bias is not None, SILU=silu, BLOCK_D=block_d, BLOCK_W=block_w,

@@ -17,10 +17,28 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import INTERPRETED
+from zoo.ops.kernels.rows import cdiv
 
 # BLOCK_D channels and SPAN tokens of a program; UNROLL tokens are loaded ahead, a divisor of SPAN.
 FORWARD = {"BLOCK_D": 256, "SPAN": 64, "UNROLL": 8, "num_warps": 2}
 BACKWARD = {"BLOCK_D": 256, "SPAN": 256, "UNROLL": 4, "num_warps": 2}
+MOST_SPANS = 65_535  # of a grid's second axis
+
+
+@triton.jit
+def place(T, D, BLOCK_D: tl.constexpr, SPAN: tl.constexpr, FLAT: tl.constexpr):
+    """Number of this program's span, its row and first token (int64), its channels [BLOCK_D] (int32 saves registers).
+
+    FLAT: the grid has one axis, because there are more spans than a second one holds.
+    """
+    block, span = tl.program_id(0), tl.program_id(1)
+    if FLAT:
+        blocks = tl.cdiv(D, BLOCK_D)
+        span = block // blocks
+        block = block % blocks
+    spans = tl.cdiv(T, SPAN)
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    return span, (span // spans).to(tl.int64), (span % spans).to(tl.int64) * SPAN, d
 
 
 @triton.jit
@@ -54,13 +72,10 @@ def walk_fwd(
     x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr,  # [B,T,D] [D,W] [D] [B,D,W-1] -> [B,T,D]
     T, D, x_stride_b, x_stride_t,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPAN: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPAN: tl.constexpr, UNROLL: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """One program owns SPAN tokens of BLOCK_D channels of one row."""
-    spans = tl.cdiv(T, SPAN)
-    row = (tl.program_id(1) // spans).to(tl.int64)
-    first = (tl.program_id(1) % spans).to(tl.int64) * SPAN
-    d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    _, row, first, d = place(T, D, BLOCK_D, SPAN, FLAT)
     in_d = d < D
     x_row = x_ptr + row * x_stride_b
     state_row = state_ptr + row * D * (W - 1)
@@ -95,10 +110,10 @@ def slope(dy, pre, SILU: tl.constexpr):
 
 
 @triton.jit
-def store_dx(dx_row, dfinal_row, p, first, T, d, in_d, D, grads, back, W: tl.constexpr):
-    """dx at position p >= first from the W gradients that begin there, and from the final state; dfinal_row [D,W-1]."""
+def store_dx(dx_row, dfinal_row, p, first, T, d, in_d, D, grads, back, W: tl.constexpr, HAS_FINAL: tl.constexpr):
+    """dx at position p >= first from the W gradients that begin there, and from that of the final state, [D,W-1]."""
     dx = weighted(grads, back, tl.zeros_like(grads[0]), W)
-    if W > 1:
+    if HAS_FINAL and W > 1:
         if p >= T - (W - 1):
             c = p - (T - (W - 1))
             at = dfinal_row + d * (W - 1) + c
@@ -111,14 +126,11 @@ def walk_bwd(
     dy_ptr, dfinal_ptr, x_ptr, weight_ptr, bias_ptr, state_ptr,  # [B,T,D] [B,D,W-1] [B,T,D] [D,W] [D] [B,D,W-1]
     dx_ptr, partial_ptr,  # -> [B,T,D], [spans,W+1,D]: taps, bias
     T, D, dy_stride_b, dy_stride_t, x_stride_b, x_stride_t,
-    W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPAN: tl.constexpr, UNROLL: tl.constexpr,
+    W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_FINAL: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPAN: tl.constexpr, UNROLL: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """One program owns SPAN tokens of BLOCK_D channels of one row: their dx, their share of the sums."""
-    spans = tl.cdiv(T, SPAN)
-    row = (tl.program_id(1) // spans).to(tl.int64)
-    first = (tl.program_id(1) % spans).to(tl.int64) * SPAN
-    d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    span, row, first, d = place(T, D, BLOCK_D, SPAN, FLAT)
     in_d = d < D
     x_row, dy_row = x_ptr + row * x_stride_b, dy_ptr + row * dy_stride_b
     dx_row, state_row = dx_ptr + row * T * D, state_ptr + row * D * (W - 1)
@@ -153,7 +165,7 @@ def walk_bwd(
             for k in tl.static_range(1, W):
                 grown = grown + (dtaps[k] + g * window[k],)
             dtaps = grown
-            store_dx(dx_row, dfinal_row, t + u - (W - 1), first, T, d, in_d, D, grads, back, W)
+            store_dx(dx_row, dfinal_row, t + u - (W - 1), first, T, d, in_d, D, grads, back, W, HAS_FINAL)
     for u in tl.static_range(W - 1):  # the next span's gradients, for the last dx of this one
         t = first + (SPAN + u)
         window = window[1:] + (earlier_row(x_row, state_row, t, T, d, in_d, x_stride_t, W, False),)
@@ -161,37 +173,48 @@ def walk_bwd(
         g = slope(dy, weighted(window, taps, bias, W), SILU)
         g = tl.where(live(t, 0, T, d, in_d), g, 0.0)
         grads = grads[1:] + (g,)
-        store_dx(dx_row, dfinal_row, t - (W - 1), first, T, d, in_d, D, grads, back, W)
-    partial = partial_ptr + tl.program_id(1).to(tl.int64) * (W + 1) * D
+        store_dx(dx_row, dfinal_row, t - (W - 1), first, T, d, in_d, D, grads, back, W, HAS_FINAL)
+    partial = partial_ptr + span.to(tl.int64) * (W + 1) * D
     for k in tl.static_range(W):
         tl.store(partial + k * D + d, dtaps[k], mask=in_d)
     tl.store(partial + W * D + d, dbias, mask=in_d)
+
+
+def grid_of(spans: int, channels: int, block_d: int) -> tuple[tuple[int, ...], bool]:
+    """The grid, channel blocks of one span side by side; and whether it has one axis (FLAT)."""
+    blocks = cdiv(channels, block_d)
+    flat = spans > MOST_SPANS
+    return ((blocks * spans,) if flat else (blocks, spans)), flat
 
 
 def forward_rows(x: Tensor, taps: Tensor, bias: Tensor | None, state: Tensor | None, y: Tensor, silu: bool) -> None:
     """Write y [B,T,D]; x with stride 1 along D, the rest contiguous."""
     batch, tokens, channels = x.shape
     options: dict[str, Any] = FORWARD
-    grid = (triton.cdiv(channels, options["BLOCK_D"]), batch * triton.cdiv(tokens, options["SPAN"]))
+    spans = batch * cdiv(tokens, options["SPAN"])
+    grid, flat = grid_of(spans, channels, options["BLOCK_D"])
     walk_fwd[grid](
         x, taps, x if bias is None else bias.contiguous(), x if state is None else state, y,
         tokens, channels, x.stride(0), x.stride(1),
-        W=taps.shape[1], HAS_BIAS=bias is not None, HAS_STATE=state is not None, SILU=silu, **options,
+        W=taps.shape[1], HAS_BIAS=bias is not None, HAS_STATE=state is not None, SILU=silu, FLAT=flat, **options,
     )  # fmt: skip
 
 
 def backward_rows(
-    dy: Tensor, dfinal: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, state: Tensor | None, dx: Tensor,
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, taps: Tensor, bias: Tensor | None, state: Tensor | None, dx: Tensor,
     silu: bool,
 ) -> Tensor:  # fmt: skip
     """Write dx [B,T,D]; the sums of the taps and of the bias, float32 [W+1,D]."""
     batch, tokens, channels = x.shape
     options: dict[str, Any] = BACKWARD
-    spans = batch * triton.cdiv(tokens, options["SPAN"])
+    spans = batch * cdiv(tokens, options["SPAN"])
     partial = torch.empty((spans, taps.shape[1] + 1, channels), dtype=torch.float32, device=x.device)
-    walk_bwd[(triton.cdiv(channels, options["BLOCK_D"]), spans)](
-        dy, dfinal, x, taps, x if bias is None else bias.contiguous(), x if state is None else state, dx, partial,
+    grid, flat = grid_of(spans, channels, options["BLOCK_D"])
+    walk_bwd[grid](
+        dy, x if dfinal is None else dfinal, x, taps, x if bias is None else bias.contiguous(),
+        x if state is None else state, dx, partial,
         tokens, channels, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
-        W=taps.shape[1], HAS_BIAS=bias is not None, HAS_STATE=state is not None, SILU=silu, **options,
+        W=taps.shape[1], HAS_BIAS=bias is not None, HAS_STATE=state is not None, HAS_FINAL=dfinal is not None,
+        SILU=silu, FLAT=flat, **options,
     )  # fmt: skip
     return partial.sum(0)

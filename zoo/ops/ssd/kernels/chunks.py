@@ -6,7 +6,6 @@ r_j = s_j - log2 dt_j; e = s at the chunk's end. Tokens of all sequences are num
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.primitives import LOG2E
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.kernels.time_step import softplus
 
 LEAST = tl.constexpr(-160.0)  # log2 of a decay; a factor below 2^-149 is 0 in float32 anyway
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,16 @@ def chunks_of(x: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
 
 def token_rows(part: Tensor) -> tuple[Tensor, int]:
     """`part` [B,T,...] and its elements from token to token, one stride for all tokens; copied if that cannot be."""
-    inner = part[0, 0] if part.numel() else part
-    if not inner.is_contiguous() or (part.shape[0] > 1 and part.stride(0) != part.shape[1] * part.stride(1)):
+    shape, steps, inner = part.shape, part.stride(), 1
+    for size, step in zip(shape[:1:-1], steps[:1:-1], strict=True):
+        if step != inner and size != 1:
+            part = part.contiguous()
+            return part, part.stride(1)
+        inner *= size
+    if shape[0] > 1 and steps[0] != shape[1] * steps[1]:
         part = part.contiguous()
-    return part, part.stride(1)
+        return part, part.stride(1)
+    return part, steps[1]
 
 
 @triton.jit
@@ -102,7 +108,7 @@ def time_steps(raw, HAS_SOFTPLUS: tl.constexpr, low, high):
     return reached, clamped
 
 
-@triton.jit(do_not_specialize=["T", "PER_SEQUENCE"])
+@triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
 def sums_kernel(
     dt_ptr, bias_ptr, A_ptr, table_ptr, s_ptr, r_ptr,  # [B,T,H] [H] [H] -> [H,count,Q] twice
     T, PER_SEQUENCE, COUNT, stride, low, high,
@@ -135,10 +141,10 @@ def decay_sums(
     heads = dt.shape[2]
     s, r = chunks.per_token(heads), chunks.per_token(heads)
     dt, stride = token_rows(dt)
-    block = min(16, triton.next_power_of_2(heads))
-    sums_kernel[(chunks.count, triton.cdiv(heads, block))](
+    block = min(16, next_power_of_2(heads))
+    sums_kernel[(chunks.count, cdiv(heads, block))](
         dt, A if bias is None else bias, A, chunks.table, s, r,
-        chunks.tokens, chunks.per_sequence, chunks.count, stride, limits[0], min(limits[1], math.inf),
+        chunks.tokens, chunks.per_sequence, chunks.count, stride, *limits,
         H=heads, HAS_BIAS=bias is not None, HAS_SOFTPLUS=has_softplus,
         Q=chunks.size, BLOCK_H=block, PACKED=chunks.packed, num_warps=4,
     )  # fmt: skip

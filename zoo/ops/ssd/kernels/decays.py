@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.ssd.kernels.chunks import LEAST, LOG2E, Chunks, place_of, time_steps, token_rows
+from zoo.ops.kernels.primitives import LOG2E
+from zoo.ops.kernels.rows import cdiv, next_power_of_2
+from zoo.ops.ssd.kernels.chunks import LEAST, Chunks, place_of, time_steps, token_rows
 
 
-@triton.jit(do_not_specialize=["T", "PER_SEQUENCE"])
+@triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
 def decays_kernel(
     dt_ptr, bias_ptr, A_ptr, row_ptr, col_ptr, kept_ptr, read_ptr, skip_ptr, flow_ptr, ddt_ptr, sums_ptr, table_ptr,
     T, PER_SEQUENCE, COUNT, stride, low, high,
@@ -66,17 +68,18 @@ def decays_kernel(
 def decays(
     chunks: Chunks, dt: Tensor, A: Tensor, bias: Tensor | None, has_softplus: bool, limits: tuple[float, float],
     row: Tensor, col: Tensor, kept: Tensor, read: Tensor, skip: Tensor | None, flow: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """ddt [B,T,H] in the dtype of dt; float32 [3,H]: dA, the gradient of the bias, dD (0 without skip)."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """ddt [B,T,H] in the dtype of dt; dA, and with a bias its gradient, and with a skip dD, float32 [H]."""
     heads = dt.shape[2]
     ddt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
-    sums = torch.zeros(3, chunks.count, heads, dtype=torch.float32, device=dt.device)
+    sums = torch.empty(3, chunks.count, heads, dtype=torch.float32, device=dt.device)
     dt, stride = token_rows(dt)
-    block = min(8, triton.next_power_of_2(heads))
-    decays_kernel[(chunks.count, triton.cdiv(heads, block))](
+    block = min(8, next_power_of_2(heads))
+    decays_kernel[(chunks.count, cdiv(heads, block))](
         dt, A if bias is None else bias, A, row, col, kept, read, kept if skip is None else skip, flow, ddt, sums,
         chunks.table, chunks.tokens, chunks.per_sequence, chunks.count, stride, *limits,
         H=heads, HAS_BIAS=bias is not None, HAS_SOFTPLUS=has_softplus, HAS_D=skip is not None,
         Q=chunks.size, SUB=chunks.size // row.shape[0], BLOCK_H=block, PACKED=chunks.packed, num_warps=4,
     )  # fmt: skip
-    return ddt, sums.sum(1)
+    dbias, dD = (None if part is None else sums[i].sum(0) for part, i in ((bias, 1), (skip, 2)))
+    return ddt, sums[0].sum(0), dbias, dD

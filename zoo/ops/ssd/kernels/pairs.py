@@ -13,7 +13,7 @@ from zoo.ops.kernels.primitives import dot
 from zoo.ops.ssd.kernels.chunks import Chunks, place_of, tile, token_rows
 
 
-@triton.jit(do_not_specialize=["T", "PER_SEQUENCE"])
+@triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
 def pairs_kernel(
     x_ptr, dy_ptr, B_ptr, C_ptr, s_ptr, r_ptr, K_ptr, row_ptr, col_ptr, skip_ptr, table_ptr,
     T, PER_SEQUENCE, COUNT, x_stride, dy_stride, B_stride, C_stride,

@@ -13,7 +13,7 @@ from zoo.ops.kernels.primitives import dot
 from zoo.ops.ssd.kernels.chunks import Chunks, place_of, tile, token_rows
 
 
-@triton.jit(do_not_specialize=["T", "PER_SEQUENCE"])
+@triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
 def outputs_kernel(
     x_ptr, B_ptr, C_ptr, s_ptr, r_ptr, S_ptr, D_ptr, y_ptr, table_ptr,
     T, PER_SEQUENCE, COUNT, x_stride, B_stride, C_stride,
@@ -52,7 +52,7 @@ def outputs_kernel(
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(i < live)[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "PER_SEQUENCE"])
+@triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
 def values_kernel(
     dy_ptr, B_ptr, C_ptr, s_ptr, r_ptr, R_ptr, D_ptr, dx_ptr, table_ptr,
     T, PER_SEQUENCE, COUNT, dy_stride, B_stride, C_stride,

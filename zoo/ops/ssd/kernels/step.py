@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import exp
-from zoo.ops.kernels.rows import rows, warps_for
+from zoo.ops.kernels.rows import cdiv, next_power_of_2, rows, warps_for
 from zoo.ops.kernels.time_step import softplus
 from zoo.ops.semiseparable.kernels.launch import on_device
 
@@ -80,11 +80,11 @@ def launch(
         return y
     x, dt, B, C = (rows(part) for part in (x, dt, B, C))
     own = rows(state)
-    block_n: int = triton.next_power_of_2(state.shape[3])
-    block_p = min(triton.next_power_of_2(channels), max(1, TILE // block_n))
+    block_n: int = next_power_of_2(state.shape[3])
+    block_p = min(next_power_of_2(channels), max(1, TILE // block_n))
     skip = A if D is None else D.contiguous()
     with on_device(x):
-        ssd_step_kernel[(batch * heads * triton.cdiv(channels, block_p),)](
+        ssd_step_kernel[(batch * heads * cdiv(channels, block_p),)](
             x, dt, A.contiguous(), B, C, skip, A if dt_bias is None else dt_bias.contiguous(), own, y,
             heads, heads // B.shape[1], channels, low, high,
             x.stride(0), x.stride(1), dt.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),

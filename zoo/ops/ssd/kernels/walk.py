@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zoo.ops.semiseparable.kernels.launch import flat
+from zoo.ops.semiseparable.kernels.launch import flat, on_device
 from zoo.ops.semiseparable.kernels.walk_launch import Decays, State, blocks_for, walk
 from zoo.ops.ssd.kernels.chunks import chunks_of, decay_sums
 
@@ -21,7 +21,8 @@ def forward(
     x, B, C = flat(x), flat(B), flat(C)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     chunks = chunks_of(x, cu_seqlens, blocks_for(x.dtype, B.shape[3]).chunk)
-    s, r = decay_sums(chunks, dt, A, dt_bias, has_softplus, limits)
+    with on_device(x):
+        s, r = decay_sums(chunks, dt, A, dt_bias, has_softplus, limits)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty((chunks.sequences, *x.shape[2:], B.shape[3]), dtype=torch.float32, device=x.device)
     walk(

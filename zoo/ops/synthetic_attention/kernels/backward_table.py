@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import dot
+from zoo.ops.kernels.rows import cdiv
 from zoo.ops.softmax_attention.kernels.tiles import strides
 from zoo.ops.synthetic_attention.kernels.operands import Operands, Stats
 from zoo.ops.synthetic_attention.kernels.spans import load_rows, normalised, outer_logits, span
@@ -96,7 +97,7 @@ def backward_table(given: Operands, dy: Tensor, stats: Stats, spans: Tensor, cau
     heads, rows, columns = given.table.shape
     dtable = torch.empty((heads, rows, columns), dtype=torch.float32, device=dy.device)
     block, warps = given.blocks()
-    grid = (triton.cdiv(rows, block) * triton.cdiv(columns, block), heads)
+    grid = (cdiv(rows, block) * cdiv(columns, block), heads)
     _synthetic_bwd_table[grid](
         *given.pointers(), dy, *stats, dtable, spans, spans.shape[0], rows, columns,
         *given.all_strides(packed), *strides(dy, packed), *stats.strides(packed),

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.rows import cdiv
+
 BLOCK_ROWS, BLOCK_D = 4, 512  # rows are hidden units of one sequence; 16 elements per thread of 4 warps
 
 
@@ -90,12 +92,12 @@ def bias_gelu_backward(
 
 def _sizes(before: Tensor) -> tuple[int, int, int, int]:
     batch, units, channels = before.shape
-    return batch * units, units, channels, triton.cdiv(channels, BLOCK_D)
+    return batch * units, units, channels, cdiv(channels, BLOCK_D)
 
 
 def _grid(before: Tensor) -> tuple[int]:
     rows, _, _, column_blocks = _sizes(before)
-    return (triton.cdiv(rows, BLOCK_ROWS) * column_blocks,)
+    return (cdiv(rows, BLOCK_ROWS) * column_blocks,)
 
 
 def _vector(bias: Tensor | None, stand_in: Tensor) -> Tensor:
