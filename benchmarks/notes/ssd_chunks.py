@@ -22,12 +22,12 @@ LIMITS = (0.0, math.inf)
 
 
 def variants():
-    for heads, warps, stages in ((16, 8, 3), (16, 8, 2), (64, 8, 3), (8, 8, 3)):
-        yield "VALUES", {"HEADS": heads, "num_warps": warps, "num_stages": stages}
-    for heads, warps, stages in ((16, 4, 3), (16, 4, 2), (64, 4, 3), (32, 4, 4), (16, 8, 3)):
+    for rows, heads, warps, stages in ((128, 16, 8, 3), (64, 16, 4, 2), (128, 64, 8, 3), (128, 32, 8, 4), (64, 64, 4, 3)):
+        yield "VALUES", {"BLOCK_Q": rows, "HEADS": heads, "num_warps": warps, "num_stages": stages}
+    for heads, warps, stages in ((16, 8, 3), (32, 8, 4), (64, 8, 3), (8, 8, 3), (16, 8, 2)):
         yield "PAIRS", {"HEADS": heads, "num_warps": warps, "num_stages": stages}
-    for n, heads, warps, stages in ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 3), (64, 64, 4, 2), (64, 16, 4, 3)):
-        yield "KEYS", {"BLOCK_N": n, "HEADS": heads, "num_warps": warps, "num_stages": stages}
+    for heads, warps, stages in ((64, 8, 3), (64, 8, 2), (32, 8, 3), (16, 8, 3)):
+        yield "KEYS", {"HEADS": heads, "num_warps": warps, "num_stages": stages}
     for n, p, warps, stages in ((128, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3)):
         yield "SWEEP", {"BLOCK_N": n, "BLOCK_P": p, "num_warps": warps, "num_stages": stages}
     for rows, heads, warps, stages in ((128, 16, 8, 3), (64, 16, 4, 2), (128, 64, 8, 3)):
@@ -48,21 +48,27 @@ def draw(batch, tokens, modes, heads=64, channels=64):
 
 def pieces(v):
     """Calls of each kernel by the name of its settings, and of the whole."""
-    from zoo.ops.ssd.kernels import launch
-    from zoo.ops.ssd.kernels.chunks import chunks_of, decay_sums
+    from zoo.ops.ssd.kernels import launch, walk
+    from zoo.ops.semiseparable.kernels.chunks import chunks_of, decay_sums
 
     x, dy, B, C, D = (v[name] for name in ("x", "dy", "B", "C", "D"))
     chunks = chunks_of(x, None, launch.CHUNK)
     s, r = decay_sums(chunks, v["dt"], v["A"], v["bias"], True, LIMITS)
     S, R, _, _ = launch.sweep(chunks, x, dy, B, C, s, r, None, None, launch.SWEEP)
-    K = launch.pairs(chunks, x, dy, B, C, s, r, launch.PAIRS)[0]
+    K = launch.pairs(chunks, x, dy, B, C, s, r, True, launch.PAIRS)[0]
     common = (x, v["dt"], v["A"], B, C, D, v["bias"], True, LIMITS, None, None)
+    parts = launch.pairs(chunks, x, dy, B, C, s, r, True, launch.PAIRS)
+    of_keys = launch.keys(chunks, x, dy, B, C, s, r, S, R, K, launch.KEYS)
     return {
+        "WALK": lambda: walk.forward(*common),
+        "DECAYS": lambda: launch.decays(
+            chunks, v["dt"], v["A"], v["bias"], True, LIMITS, *parts[1:3], of_keys[3], of_keys[2], parts[3], of_keys[4]
+        ),
         "SUMS": lambda: decay_sums(chunks, v["dt"], v["A"], v["bias"], True, LIMITS),
         "SWEEP": lambda: launch.sweep(chunks, x, dy, B, C, s, r, None, None, launch.SWEEP),
         "SWEEP ahead": lambda: launch.sweep(chunks, x, None, B, C, s, r, None, None, launch.SWEEP),
-        "VALUES": lambda: launch.values(chunks, x, dy, B, C, s, r, R, D, launch.VALUES),
-        "PAIRS": lambda: launch.pairs(chunks, x, dy, B, C, s, r, launch.PAIRS),
+        "VALUES": lambda: launch.values(chunks, dy, B, C, s, r, R, D, launch.VALUES),
+        "PAIRS": lambda: launch.pairs(chunks, x, dy, B, C, s, r, True, launch.PAIRS),
         "KEYS": lambda: launch.keys(chunks, x, dy, B, C, s, r, S, R, K, launch.KEYS),
         "OUTPUTS": lambda: launch.outputs(chunks, x, B, C, s, r, S, D, launch.OUTPUTS),
         "forward": lambda: launch.forward(*common),
@@ -71,7 +77,7 @@ def pieces(v):
 
 
 def exact(v):
-    import zoo
+    import zoo.ops
 
     names = ("x", "dt", "A", "B", "C", "D", "bias")
     w = {name: v[name].double().requires_grad_() for name in names}

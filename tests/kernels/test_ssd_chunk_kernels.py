@@ -9,7 +9,7 @@ from ssd_cases import check_ssd, run_ssd, ssd_inputs
 
 pytest.importorskip("triton")
 
-from zoo.ops.ssd.kernels.chunks import chunks_of
+from zoo.ops.semiseparable.kernels.chunks import chunks_of
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: too large for the interpreter")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.ops.kernels.primitives import LOG2E
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
-from zoo.ops.ssd.kernels.chunks import LEAST, Chunks, place_of, time_steps, token_rows
+from zoo.ops.semiseparable.kernels.chunks import LEAST, Chunks, place_of, time_steps, token_rows
 
 
 @triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])

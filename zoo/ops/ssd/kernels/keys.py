@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import dot
-from zoo.ops.ssd.kernels.chunks import Chunks, place_of, tile, token_rows
+from zoo.ops.semiseparable.kernels.chunks import Chunks, place_of, tile, token_rows
 
 
 @triton.jit
