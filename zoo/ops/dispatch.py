@@ -104,6 +104,11 @@ def register_backend(
     known.sort(key=lambda entry: -entry.priority)
 
 
+def implementation(op: str, name: str) -> Implementation:
+    """The implementation of `op` of that name, which it has."""
+    return next(entry for entry in _implementations[op] if entry.spec.name == name)
+
+
 def backends(op: str) -> list[str]:
     """Names of the implementations of `op`, best first."""
     return [entry.spec.name for entry in _implementations.get(op, [])]

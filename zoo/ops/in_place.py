@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sequence_mixer.errors import BackendError, DtypeError, StateError
 from sequence_mixer.shapes import accumulation_dtype
-from zoo.ops.dispatch import _implementations, backends, select
+from zoo.ops.dispatch import backends, implementation, select
 
 
 def expect_in_place(op: str, scan: str, state: Tensor, dtype: torch.dtype, *inputs: Tensor | None) -> None:
@@ -67,8 +67,7 @@ def kernel_steps(op: str, backend: str, x: Tensor, facts: dict[str, int]) -> boo
 
     Raises BackendError if `backend` names an implementation that does not serve the call.
     """
-    kernel = next(entry for entry in _implementations[op] if entry.spec.name == "triton")
-    return select(op, backend, (x,), facts) is kernel.fn
+    return select(op, backend, (x,), facts) is implementation(op, "triton").fn
 
 
 def _overlaps(state: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,8 @@ def selective_scan_step(
     return y
 
 
-def step_plain(
+def step_by_scan(
+    scan: str,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -92,35 +94,12 @@ def step_plain(
     state: Tensor,
     dt_softplus: bool,
 ) -> Tensor:
-    """Shapes as in `selective_scan_step`, B and C [B,G,N]; the scan in PyTorch with T = 1, bit for bit, and a copy."""
+    """Shapes as in `selective_scan_step`, B and C [B,G,N]; the operator on backend `scan` with T = 1, and a copy."""
     gate = None if z is None else z.unsqueeze(1)
     u, steps, keys, queries = (part.unsqueeze(1) for part in (x, dt, B, C))
     y, after = selective_scan(
         u, steps, A, keys, queries, D=D, z=gate, dt_bias=dt_bias, dt_softplus=dt_softplus, initial_state=state,
-        backend="chunked",
-    )  # fmt: skip
-    state.copy_(after)
-    return y.squeeze(1)
-
-
-def step_reference(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor,
-    dt_softplus: bool,
-) -> Tensor:
-    """The definition with T = 1, and a copy."""
-    gate = None if z is None else z.unsqueeze(1)
-    u, steps, keys, queries = (part.unsqueeze(1) for part in (x, dt, B, C))
-    y, after = selective_scan(
-        u, steps, A, keys, queries, D=D, z=gate, dt_bias=dt_bias, dt_softplus=dt_softplus, initial_state=state,
-        backend="reference",
+        backend=scan,
     )  # fmt: skip
     state.copy_(after)
     return y.squeeze(1)
@@ -165,5 +144,7 @@ register_backend(
     refuses=refuses,
     priority=KERNEL,
 )
-register_backend("selective_scan_step", Serves("chunked", training=False), step_plain, priority=PLAIN)
-register_backend("selective_scan_step", Serves("reference", training=False), step_reference, priority=REFERENCE)
+for _scan, _priority in (("chunked", PLAIN), ("reference", REFERENCE)):
+    register_backend(
+        "selective_scan_step", Serves(_scan, training=False), partial(step_by_scan, _scan), priority=_priority
+    )

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.ops.custom import flop_formula, refuse_higher_order
+from zoo.ops.kernels.widths import MULTIPLE
 from zoo.ops.semiseparable.cost import backward_flops, flops
 from zoo.ops.semiseparable.recurrence import one_token
 
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 WIDEST = 256
 HALF = (torch.bfloat16, torch.float16)
-HALF_WIDTHS = 16  # N and P are multiples: Triton 3.6 miscompiles other widths for Hopper (wrong sums, stray accesses)
 
 
 def refuses(*, N: int, P: int, **other: object) -> str | None:
@@ -56,7 +56,7 @@ def semiseparable_triton(
 
 def missing_widths(dtype: torch.dtype, N: int, P: int) -> tuple[int, int]:
     """Zeros that have to be added to the widths N and P for the kernels."""
-    return (-N % HALF_WIDTHS, -P % HALF_WIDTHS) if dtype in HALF else (0, 0)
+    return (-N % MULTIPLE, -P % MULTIPLE) if dtype in HALF else (0, 0)
 
 
 @torch.library.custom_op("zoo::semiseparable", mutates_args=())

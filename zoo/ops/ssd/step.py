@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,8 @@ def ssd_step(
     return y
 
 
-def step_plain(
+def step_by_scan(
+    scan: str,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -85,34 +87,11 @@ def step_plain(
     low: float,
     high: float,
 ) -> Tensor:
-    """Shapes as in `ssd_step`; the scan in PyTorch with T = 1, bit for bit, and a copy."""
+    """Shapes as in `ssd_step`; the operator on its backend `scan` with T = 1, bit for bit, and a copy."""
     u, steps, keys, queries = (part.unsqueeze(1) for part in (x, dt, B, C))
     y, after = ssd(
         u, steps, A, keys, queries, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=(low, high),
-        initial_state=state, backend="chunked",
-    )  # fmt: skip
-    state.copy_(after)
-    return y.squeeze(1)
-
-
-def step_reference(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor,
-    dt_softplus: bool,
-    low: float,
-    high: float,
-) -> Tensor:
-    """The definition with T = 1, and a copy."""
-    u, steps, keys, queries = (part.unsqueeze(1) for part in (x, dt, B, C))
-    y, after = ssd(
-        u, steps, A, keys, queries, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=(low, high),
-        initial_state=state, backend="reference",
+        initial_state=state, backend=scan,
     )  # fmt: skip
     state.copy_(after)
     return y.squeeze(1)
@@ -158,5 +137,5 @@ register_backend(
     refuses=refuses,
     priority=KERNEL,
 )
-register_backend("ssd_step", Serves("chunked", training=False), step_plain, priority=PLAIN)
-register_backend("ssd_step", Serves("reference", training=False), step_reference, priority=REFERENCE)
+for _scan, _priority in (("chunked", PLAIN), ("reference", REFERENCE)):
+    register_backend("ssd_step", Serves(_scan, training=False), partial(step_by_scan, _scan), priority=_priority)

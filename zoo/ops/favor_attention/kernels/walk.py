@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 
 from zoo.ops.favor_attention.kernels.features import LEAST, enter, load_columns, place
-from zoo.ops.kernels.primitives import LOG2E, dot
+from zoo.ops.kernels.primitives import LN2, LOG2E, dot
 
 LIMIT2 = tl.constexpr(57.0)  # most that a writer's binary logarithm exceeds the scale: exp(40)
-LN2 = tl.constexpr(0.6931471805599453)
 LOG2_LOG2E = tl.constexpr(0.5287663729448977)  # a binary logarithm's derivative is a natural one's times log(2)
 HEAD = tl.constexpr(16)  # writers that are loaded for the sake of the first: a tensor core's least width
 

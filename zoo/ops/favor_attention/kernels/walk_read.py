@@ -8,7 +8,6 @@ import triton.language as tl
 from zoo.ops.favor_attention.kernels.features import leave
 from zoo.ops.favor_attention.kernels.walk import (
     LIMIT2,
-    LN2,
     admit,
     below_of,
     columns_at,
@@ -23,6 +22,7 @@ from zoo.ops.favor_attention.kernels.walk import (
     rows_at,
     store_rows,
 )
+from zoo.ops.kernels.primitives import LN2
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.ops.kernels.primitives import LN2
 from zoo.ops.selective_scan.kernels.tokens import (
-    LN2,
     channel_block,
     load_channels,
     load_row,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from zoo.ops.kernels.primitives import LOG2E
+
 FIT_0 = tl.constexpr(0.3333333366846907)  # (atanh(s) / s - 1) / s^2 in powers of s^2
 FIT_1 = tl.constexpr(0.19999850708085468)
 FIT_2 = tl.constexpr(0.14296291080104387)
