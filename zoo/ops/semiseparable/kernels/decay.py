@@ -96,20 +96,33 @@ def at_end(values, step, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def decay_to_end(coarse, fine, cuts, step, CHUNK: tl.constexpr):
+def factor_of(log_factor, OPERAND: tl.constexpr):
+    """e^log_factor, to the last digit of float32 where operands have them.
+
+    The accurate exponential also makes LLVM's vectoriser abort on the gradients in half precision (Triton 3.6).
+    """
+    if tl.float32 == OPERAND:
+        factor = exp(log_factor)
+    else:
+        factor = tl.exp(log_factor)
+    return factor
+
+
+@triton.jit
+def decay_to_end(coarse, fine, cuts, step, CHUNK: tl.constexpr, OPERAND: tl.constexpr):
     """Factor [CHUNK] from each token to the end of the chunk; masked before the exponential."""
     difference = (at_end(coarse, step, CHUNK) - coarse) + (at_end(fine, step, CHUNK) - fine)
-    return exp(tl.where(cuts == at_end(cuts, step, CHUNK), difference, float("-inf")))
+    return factor_of(tl.where(cuts == at_end(cuts, step, CHUNK), difference, float("-inf")), OPERAND)
 
 
 @triton.jit
-def decay_from_start(coarse, fine, cuts):
+def decay_from_start(coarse, fine, cuts, OPERAND: tl.constexpr):
     """Factor [CHUNK] from before the chunk to each token; 0 after a zero factor."""
-    return exp(tl.where(cuts == 0, coarse + fine, float("-inf")))
+    return factor_of(tl.where(cuts == 0, coarse + fine, float("-inf")), OPERAND)
 
 
 @triton.jit
-def pair_decay(coarse, fine, cuts, step, HAS_DECAY: tl.constexpr, TRANSPOSED: tl.constexpr):
+def pair_decay(coarse, fine, cuts, step, HAS_DECAY: tl.constexpr, TRANSPOSED: tl.constexpr, OPERAND: tl.constexpr):
     """Factor from token j to token i >= j, [i,j] or, if TRANSPOSED, [j,i]; 0 above the diagonal and across a cut."""
     if TRANSPOSED:
         causal = step[None, :] >= step[:, None]
@@ -119,7 +132,7 @@ def pair_decay(coarse, fine, cuts, step, HAS_DECAY: tl.constexpr, TRANSPOSED: tl
         difference = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     if HAS_DECAY:
         linked = causal & (cuts[:, None] == cuts[None, :])
-        factor = exp(tl.where(linked, difference, float("-inf")))
+        factor = factor_of(tl.where(linked, difference, float("-inf")), OPERAND)
     else:
         factor = causal.to(tl.float32)
     return factor

@@ -60,14 +60,16 @@ def forward_kernel(
         v = load_tokens(v_ptr, t, v_stride_t, p, in_seq, in_p)  # [CHUNK, BLOCK_P]
 
         scores = (
-            product(q, tl.trans(k), OPERAND) * pair_decay(coarse, fine, cuts, step, HAS_DECAY, False) * scale[None, :]
+            product(q, tl.trans(k), OPERAND)
+            * pair_decay(coarse, fine, cuts, step, HAS_DECAY, False, OPERAND)
+            * scale[None, :]
         )
-        y = product(q, state, OPERAND) * decay_from_start(coarse, fine, cuts)[:, None]
+        y = product(q, state, OPERAND) * decay_from_start(coarse, fine, cuts, OPERAND)[:, None]
         y += product(scores, v, OPERAND)
         y_at = (t * H + head)[:, None] * P + p[None, :]
         tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=in_seq[:, None] & in_p[None, :])
 
-        to_end = decay_to_end(coarse, fine, cuts, step, CHUNK) * scale
-        whole = at_end(decay_from_start(coarse, fine, cuts), step, CHUNK)
+        to_end = decay_to_end(coarse, fine, cuts, step, CHUNK, OPERAND) * scale
+        whole = at_end(decay_from_start(coarse, fine, cuts, OPERAND), step, CHUNK)
         state, lost = carry(state, lost, whole, product(tl.trans(k), v * to_end[:, None], OPERAND), OPERAND)
     tl.store(final_ptr + state_at, state, mask=in_state)

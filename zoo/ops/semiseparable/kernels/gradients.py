@@ -51,11 +51,13 @@ def value_gradient_kernel(
         in_seq = t < end
         in_n = n < N
         coarse, fine, cuts = chunk_decay(a_ptr, t, head, in_seq, H, HAS_DECAY, CHUNK)
-        to_end = decay_to_end(coarse, fine, cuts, step, CHUNK)
+        to_end = decay_to_end(coarse, fine, cuts, step, CHUNK, OPERAND)
         scale = load_scale(scale_ptr, t, head, in_seq, H, HAS_SCALE, CHUNK)
         q = load_tokens(q_ptr + head // J * q_stride_g, t, q_stride_t, n, in_seq, in_n)  # [CHUNK, BLOCK_N]
         k = load_tokens(k_ptr + head // J * k_stride_g, t, k_stride_t, n, in_seq, in_n)  # [CHUNK, BLOCK_N]
-        scores = product(k, tl.trans(q), OPERAND) * pair_decay(coarse, fine, cuts, step, HAS_DECAY, True)  # [j, i]
+        scores = product(k, tl.trans(q), OPERAND) * pair_decay(
+            coarse, fine, cuts, step, HAS_DECAY, True, OPERAND
+        )  # [j, i]
         dscale = tl.zeros([CHUNK], tl.float32)
         for block in range(0, (P + BLOCK_P - 1) // BLOCK_P):
             p = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -120,13 +122,13 @@ def key_gradient_kernel(
             dscores += product(dy, tl.trans(v), OPERAND)
             dq += product(dy, tl.trans(entering), OPERAND)
             kept += tl.sum(entering * leaving, axis=1)
-        dq *= decay_from_start(coarse, fine, cuts)[:, None]
-        dscores *= pair_decay(coarse, fine, cuts, step, HAS_DECAY, False) * scale[None, :]
+        dq *= decay_from_start(coarse, fine, cuts, OPERAND)[:, None]
+        dscores *= pair_decay(coarse, fine, cuts, step, HAS_DECAY, False, OPERAND) * scale[None, :]
         if HAS_DECAY:
             pairs = tl.cumsum(dscores * product(q, tl.trans(k), OPERAND), axis=0, reverse=True)  # sums over i >= t
             crossing = tl.sum(tl.where(step[None, :] < step[:, None], pairs, 0.0), axis=1)
             crossing += tl.cumsum(tl.sum(dq * q.to(tl.float32), axis=1), axis=0, reverse=True)
-            crossing += tl.sum(kept, axis=0) * at_end(decay_from_start(coarse, fine, cuts), step, CHUNK)
+            crossing += tl.sum(kept, axis=0) * at_end(decay_from_start(coarse, fine, cuts, OPERAND), step, CHUNK)
         dq += product(dscores, k, OPERAND)
         tl.store(dq_ptr + grad_at, dq, mask=store)
 
@@ -141,11 +143,11 @@ def key_gradient_kernel(
             leaving = tl.load(leaving_ptr + state_at, mask=in_n[:, None] & in_p[None, :], other=0.0)
             dscores += product(v, tl.trans(dy), OPERAND)
             dk += product(v, tl.trans(leaving), OPERAND)
-        dk *= (decay_to_end(coarse, fine, cuts, step, CHUNK) * scale)[:, None]
+        dk *= (decay_to_end(coarse, fine, cuts, step, CHUNK, OPERAND) * scale)[:, None]
         if HAS_DECAY:
             carried = tl.sum(dk * k.to(tl.float32), axis=1)
             crossing += tl.cumsum(carried, axis=0) - carried
             tl.store(da_ptr + t * H + head, crossing, mask=in_seq)
-        dscores *= pair_decay(coarse, fine, cuts, step, HAS_DECAY, True) * scale[:, None]
+        dscores *= pair_decay(coarse, fine, cuts, step, HAS_DECAY, True, OPERAND) * scale[:, None]
         dk += product(dscores, q, OPERAND)
         tl.store(dk_ptr + grad_at, dk, mask=store)

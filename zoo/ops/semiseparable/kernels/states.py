@@ -65,13 +65,13 @@ def states_kernel(
         in_seq = t < end
         coarse, fine, cuts = chunk_decay(a_ptr, t, head, in_seq, H, HAS_DECAY, CHUNK)
         if REVERSE:
-            weight = decay_from_start(coarse, fine, cuts)
+            weight = decay_from_start(coarse, fine, cuts, OPERAND)
         else:
-            weight = decay_to_end(coarse, fine, cuts, step, CHUNK)
+            weight = decay_to_end(coarse, fine, cuts, step, CHUNK, OPERAND)
             weight *= load_scale(scale_ptr, t, head, in_seq, H, HAS_SCALE, CHUNK)
         left = load_tokens(left_ptr, t, left_stride_t, n, in_seq, in_n)  # [CHUNK, BLOCK_N]
         right = load_tokens(right_ptr, t, right_stride_t, p, in_seq, in_p)  # [CHUNK, BLOCK_P]
-        whole = at_end(decay_from_start(coarse, fine, cuts), step, CHUNK)
+        whole = at_end(decay_from_start(coarse, fine, cuts, OPERAND), step, CHUNK)
         state, lost = carry(state, lost, whole, product(tl.trans(left), right * weight[:, None], OPERAND), OPERAND)
     if STORE_LAST:
         tl.store(last_ptr + ends_at, state, mask=in_state)
