@@ -1,7 +1,8 @@
 """The rows of the operator benchmark: one workload each, with the least work it takes and what it is held against.
 
-Every row is a plain function of (device) that returns a `Work`; `ROWS` names them. Peer figures were measured on one
-H200 (torch 2.11, triton 3.6); `benchmarks/peers.py` measures the peers that import beside ours in the same run.
+Every row is a plain function of (device) that returns a `Work`. `ROWS` names them: those with targets, variants of SSD,
+the forms of lti_scan by length, SSD beside softmax attention. Peer figures were measured on one H200 (torch 2.11,
+triton 3.6); `benchmarks/peers.py` measures the peers that import beside ours in the same run.
 """
 
 from __future__ import annotations
@@ -91,6 +92,18 @@ def ssd(B: int, T: int, H: int = 64, P: int = 64, N: int = 128, G: int = 1, pack
             (least + _nbytes(x), 3 * least + 2 * _nbytes(x)),
             2.0 * B * T * H * (32 * N + 32 * P + 2 * N * P),
         )
+
+    return make
+
+
+def crossover(T: int, tokens: int = 32768) -> Callable[[str], Work]:
+    """SSD of 4,096 channels, with q, k and v of the softmax attention of width 2,048 that it stands for."""
+
+    def make(device: str) -> Work:
+        work = ssd(tokens // T, T)(device)
+        shape = (tokens // T, T, 16, 128)
+        work.inputs = {**work.inputs, **{name: _normal(*shape, device=device) for name in "qkv"}}
+        return work
 
     return make
 
@@ -350,7 +363,8 @@ def attention(B: int, T: int, H: int = 16, P: int = 128) -> Callable[[str], Work
 
 
 LTI = ("triton", "chunked", "fft")
-ROWS: dict[str, Row] = {
+ENOUGH = (0.40 / 0.7, 1.9 / 0.7)  # 70% of the speed asked of the plain row, for the same work
+TARGETS: dict[str, Row] = {
     "ssd B8 T4096": Row(ssd(8, 4096), (0.40, 1.9), (1.138, 4.915), peers=("mamba_ssd",)),
     "ssd B16 T2048": Row(ssd(16, 2048), (0.40, 1.9), (1.139, 4.923), peers=("mamba_ssd",)),
     "ssd B2 T16384": Row(ssd(2, 16384), (0.45, 2.0), (1.138, 4.919), peers=("mamba_ssd",)),
@@ -387,3 +401,26 @@ ROWS: dict[str, Row] = {
     "lti_attention d2048 P1 B8 T4096": Row(lti_attention(8, 4096, 2048, 1), (None, None), backends=LTI),
     "lti_attention d2048 P64 B1 T4096": Row(lti_attention(1, 4096, 2048, 64), (None, None), backends=LTI),
 }
+VARIANTS: dict[str, Row] = {
+    "ssd packed 37": Row(ssd(1, 32768, packed=37), ENOUGH),
+    "ssd initial state": Row(ssd(8, 4096, state=True), ENOUGH),
+    "ssd G4": Row(ssd(8, 4096, G=4), ENOUGH),
+    "ssd G8": Row(ssd(8, 4096, G=8), ENOUGH),
+    "ssd P32": Row(ssd(8, 4096, H=128, P=32), ENOUGH),
+    "ssd P128": Row(ssd(8, 4096, H=32, P=128), ENOUGH),
+    "ssd N16": Row(ssd(8, 4096, N=16), (None, None)),
+    "ssd N256": Row(ssd(8, 4096, N=256), (2 * ENOUGH[0], 2 * ENOUGH[1])),
+    "ssd float16": Row(ssd(8, 4096, dtype=torch.float16), (None, None), backends=("triton", "chunked")),
+    "ssd float32": Row(ssd(8, 4096, dtype=torch.float32), (None, None), backends=("triton", "chunked")),
+    "ssd B1 T1000000 H16": Row(ssd(1, 1_000_000, H=16), (None, None)),
+    "lti_scan B1 D256 T1000000": Row(lti(1, 256, 1_000_000), (None, None)),
+}
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+FORMS: dict[str, Row] = {
+    f"lti_scan 65536 tokens D1024 T{T}": Row(lti(65536 // T, 1024, T), (None, None), backends=LTI) for T in LENGTHS
+}
+CROSSOVER: dict[str, Row] = {
+    f"ssd against cuDNN attention T{T}": Row(crossover(T), (None, None), peers=("sdpa_cudnn",))
+    for T in (512, 1024, 1536, 2048, 4096, 16384)
+}
+ROWS = TARGETS | VARIANTS | FORMS | CROSSOVER
