@@ -1,8 +1,9 @@
 """`make gpu-test`: kernel tests, conformance, backends and a benchmark smoke on a CUDA device, in one go.
 
-Runs from a checkout with whatever python holds torch; nothing needs to be installed (PYTHONPATH is set here). Tests run
-in parallel processes: most of their time is compilation. Writes JSON and logs to $OUT, or to
-benchmarks/results/<device>/ without it. Exits non-zero if anything is red.
+Runs from a checkout with whatever python holds torch; nothing needs to be installed (PYTHONPATH is set here). Tests
+run in parallel processes: most of their time is compilation. Writes JSON and logs to $OUT, or to
+benchmarks/results/<device>/ without it; steps that were not run keep what gpu_test.json says of them. Exits non-zero
+if anything is red.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ("kernels", "conformance", "backends", "bench")
-TOLD = 3500  # characters of a step's log that are printed
+TOLD = 600  # characters of a step's log that are printed
+SHOWN = 40  # failures
 
 
 def environment() -> dict[str, str]:
@@ -53,21 +54,19 @@ def write_entry_points() -> None:
 
 
 def outcomes(report: Path) -> dict[str, Any]:
-    """Counts of a junit report, in all and by mixer and dtype, and every failure with its first line."""
+    """Counts of a step's tests, in all and by mixer and dtype, and the end of every failure's message."""
     counts: dict[str, Counter[str]] = {}
     failures = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        name = case.get("name") or ""
-        verdict = next((part.tag for part in case if part.tag in ("failure", "error", "skipped")), "passed")
-        inside = re.search(r"\[(\w+)-.*?(-float32|-bfloat16|-float16)?\]$", name)
+    for line in report.read_text().splitlines():
+        found = json.loads(line)
+        inside = re.search(r"\[(\w+)-.*?(-float32|-bfloat16|-float16)?\]$", found["test"])
         groups = ["all"]
-        if inside and "test_conformance[" in name:
+        if inside and "test_conformance[" in found["test"]:
             groups.append(f"{inside[1]} {(inside[2] or '-float64')[1:]}")
         for group in groups:
-            counts.setdefault(group, Counter())[verdict] += 1
-        if verdict in ("failure", "error"):
-            [told] = [part for part in case if part.tag == verdict]
-            failures[f"{case.get('classname')}::{name}"] = (told.get("message") or "")[:400]
+            counts.setdefault(group, Counter())[found["outcome"]] += 1
+        if found["outcome"] == "failed":
+            failures[found["test"]] = found["message"]
     return {"counts": {group: dict(found) for group, found in sorted(counts.items())}, "failures": failures}
 
 
@@ -90,34 +89,39 @@ def main() -> int:
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / device)
     out.mkdir(parents=True, exist_ok=True)
     test = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
+    test += ["-p", "benchmarks.outcomes"]
     test += ["-n", str(options.workers), "--max-worker-restart=100"]
     test += ["-k", options.select] if options.select else []
     steps = {
-        "kernels": [*test, "tests/kernels", f"--junitxml={out / 'kernels.xml'}"],
-        "conformance": [*test, "tests/test_conformance_mixers.py", f"--junitxml={out / 'conformance.xml'}"],
+        "kernels": [*test, "tests/kernels"],
+        "conformance": [*test, "tests/test_conformance_mixers.py"],
         "backends": [sys.executable, "benchmarks/compare_backends.py", "--out", str(out / "backends.json")],
         "bench": [sys.executable, "-m", "zoo", "bench", "--device", "cuda", "--length", "1024", "--length", "4096",
                   "--length", "16384", "--out", str(out / "bench"), "--no-check", "--no-train"],
     }  # fmt: skip
-    outcome: dict[str, Any] = {}
-    for name in options.only or STEPS:
+    stored = out / "gpu_test.json"
+    outcome: dict[str, Any] = json.loads(stored.read_text())["steps"] if stored.exists() else {}
+    wanted = options.only or STEPS
+    for name in wanted:
         start = time.time()
-        log_file = out / f"{name}.log"
+        log_file, report = out / f"{name}.log", out / f"{name}.jsonl"
         with log_file.open("w") as log:
             try:
                 code = subprocess.run(
-                    steps[name], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=options.limit
-                ).returncode
+                    steps[name], cwd=ROOT, env=env | {"ZOO_TEST_OUTCOMES": str(report)}, stdout=log,
+                    stderr=subprocess.STDOUT, timeout=options.limit,
+                ).returncode  # fmt: skip
             except subprocess.TimeoutExpired:
                 code = 124
         outcome[name] = {"exit": code, "seconds": round(time.time() - start, 1)}
-        report = out / f"{name}.xml"
         if report.exists():
             outcome[name] |= outcomes(report)
             report.unlink()
         print(f"== {name}: exit {code} after {outcome[name]['seconds']} s\n{log_file.read_text()[-TOLD:]}", flush=True)
-        (out / "gpu_test.json").write_text(json.dumps({"device": device, "steps": outcome}, indent=1))
-    return 0 if all(step["exit"] == 0 for step in outcome.values()) else 1
+        for test, message in list(outcome[name].get("failures", {}).items())[:SHOWN]:
+            print(f"{test}: {' '.join(message.split())[-200:]}")
+        stored.write_text(json.dumps({"device": device, "steps": outcome}, indent=1))
+    return 0 if all(outcome[name]["exit"] == 0 for name in wanted) else 1
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ def _tests(found: dict[str, Any]) -> Iterator[str]:
     yield "| step | group | passed | skipped | failed |\n|---|---|---|---|---|"
     for step, outcome in found["steps"].items():
         for group, counts in outcome.get("counts", {}).items():
-            failed = counts.get("failure", 0) + counts.get("error", 0)
-            yield f"| {step} | {group} | {counts.get('passed', 0)} | {counts.get('skipped', 0)} | {failed} |"
+            passed, skipped, failed = (counts.get(kind, 0) for kind in ("passed", "skipped", "failed"))
+            yield f"| {step} | {group} | {passed} | {skipped} | {failed} |"
     yield ""
 
 
