@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from zoo.training import TrainConfig
 from zoo.training.checkpoint import checkpoint_steps
 
-
 TEXT = str(Path(email.__file__).parent)  # some twenty files that nobody edits while the tests run
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
