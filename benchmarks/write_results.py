@@ -1,4 +1,4 @@
-"""Writes benchmarks/RESULTS.md from the JSON files under benchmarks/results/<device>/.
+"""Writes benchmarks/RESULTS.md from the JSON files under benchmarks/results/<device>/, and pictures beside them.
 
 `python benchmarks/write_results.py`. Files: operators.json (benchmarks/operators.py), backends.json
 (benchmarks/compare_backends.py), gpu_test.json (benchmarks/gpu_test.py); a device needs none of them.
@@ -7,13 +7,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zoo.bench.timing import median
-
 ROOT = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT.parent), str(ROOT.parent / "specs")]
+
+from benchmarks.pictures import draw, told_overtaking  # noqa: E402
+from zoo.bench.timing import median  # noqa: E402
+
 HEAD = """# Measured results
 
 Written by `python benchmarks/write_results.py` from `benchmarks/results/`, which holds every sample. Medians of CUDA
@@ -37,14 +41,14 @@ def _device(folder: Path) -> Iterator[str]:
     for name, told in (("gpu_test", _tests), ("operators", _operators), ("backends", _backends)):
         file = folder / f"{name}.json"
         if file.exists():
-            yield from told(json.loads(file.read_text()))
+            yield from told(json.loads(file.read_text()), folder)
 
 
 def _about(about: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in about.items() if not isinstance(value, dict | list))
 
 
-def _tests(found: dict[str, Any]) -> Iterator[str]:
+def _tests(found: dict[str, Any], folder: Path) -> Iterator[str]:
     yield f"### Kernel tests and conformance\n\n{found['device']}\n"
     yield "| step | group | passed | skipped | failed |\n|---|---|---|---|---|"
     for step, outcome in found["steps"].items():
@@ -54,7 +58,7 @@ def _tests(found: dict[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _operators(found: dict[str, Any]) -> Iterator[str]:
+def _operators(found: dict[str, Any], folder: Path) -> Iterator[str]:
     yield f"### Operators\n\n{_about(found['about'])}\n"
     yield (
         "| workload | implementation | fwd | f+b | graph fwd / f+b | asked fwd / f+b | H200 peer | floor | "
@@ -75,9 +79,14 @@ def _operators(found: dict[str, Any]) -> Iterator[str]:
                 f"{' / '.join(f'{floor:.2f}' for floor in row['floor_bytes_ms'])} | {memory:.0f} |"
             )
     yield ""
+    for sentence in told_overtaking(found["rows"]):
+        yield f"{sentence}\n"
+    title = f"{found['about']['device']}, torch {found['about']['torch']}, triton {found['about']['triton']}"
+    for picture in draw(found["rows"], title, folder):
+        yield f"![{picture}](results/{folder.name}/{picture})\n"
 
 
-def _backends(found: dict[str, Any]) -> Iterator[str]:
+def _backends(found: dict[str, Any], folder: Path) -> Iterator[str]:
     yield f"### Whole layers, every backend against the layer's own PyTorch path\n\n{_about(found['about'])}\n"
     yield "| mixer | backend | forward | against plain | train step | against plain | MiB of a train step |"
     yield "|---|---|---|---|---|---|---|"
