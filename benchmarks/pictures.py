@@ -125,7 +125,7 @@ def told_overtaking(rows: list[dict[str, Any]]) -> list[str]:
         if ours and theirs:
             last = max(set(ours) & set(theirs))
             told.append(
-                f"SSD (E=4096, N=128) overtakes cuDNN attention of width 2048, {name}, "
-                f"at T = {told_crossover(ours, theirs)}; at T = {last} it takes {ours[last] / theirs[last]:.3f} of its time."
+                f"SSD (E=4096, N=128) overtakes cuDNN attention of width 2048, {name}, at T = "
+                f"{told_crossover(ours, theirs)}; at T = {last} it is {theirs[last] / ours[last]:.1f} times as fast."
             )
     return told
