@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from zoo.ops.linear_attention import linear_attention
+from zoo.ops.linear_attention import FEATURE_MAPS, linear_attention
+from zoo.ops.linear_attention.feature_map import features
+from zoo.ops.linear_attention.mapped import mapped
 
 from sequence_mixer.conformance.budget import judge
 from sequence_mixer.errors import BackendError
@@ -220,3 +222,21 @@ def test_what_the_kernels_do_not_serve_is_refused_in_words(device: str) -> None:
     (dq,) = torch.autograd.grad(y.square().sum(), leaves["q"], create_graph=True)
     with pytest.raises(NotImplementedError, match="backend='reference' for double backward"):
         dq.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", list(FEATURE_MAPS))
+def test_feature_maps_are_within_budget(device: str, name: str, dtype: torch.dtype) -> None:
+    pieces = torch.randn(2, 37, 3, 5, 24).to(device, dtype)
+    pieces[0, 0, 1, 0, :2] = torch.tensor([0.0, -20.0])
+    x = pieces.unbind(2)[1].detach().requires_grad_()  # as a mixer splits its projection
+    dphi = torch.randn(x.shape).to(x)
+
+    def both(x: Tensor, y: Tensor) -> list[Tensor]:
+        return [y.detach(), *torch.autograd.grad(y, x, dphi.to(y))]
+
+    wide = x.detach().double().requires_grad_()
+    exact, plain = both(wide, features(wide, name)), both(x, features(x, name).to(dtype))
+    for value, truth, usual in zip(both(x, mapped(x, name)), exact, plain, strict=True):
+        verdict = judge(value, truth, usual, dtype)
+        assert verdict.ok, verdict

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.linear_attention.feature_map import features, for_every_head, key_features
+from zoo.ops.linear_attention.mapped import mapped
 from zoo.ops.linear_attention.normaliser import finish
 from zoo.ops.linear_attention.walk_path import walk, walks
 from zoo.ops.semiseparable.triton_path import refuses as scan_refuses
@@ -42,8 +43,9 @@ def linear_attention_triton(
         )
     if feature_map == "identity":  # padded slots hold 0 already
         return walk(q, k, v, initial_state, cu_seqlens, normalize, eps, scale)
-    phi_q = features(q, feature_map).to(v.dtype)
-    phi_k = key_features(k, feature_map, k.shape[2], padding_mask).to(v.dtype)
+    phi_q, phi_k = mapped(q, feature_map), mapped(k, feature_map)
+    if padding_mask is not None:  # phi(0) need not be 0
+        phi_k = phi_k.masked_fill(~padding_mask[:, :, None, None], 0.0)
     return walk(phi_q, phi_k, v, initial_state, cu_seqlens, normalize, eps, scale)
 
 
