@@ -12,11 +12,13 @@ from typing import Any, NoReturn
 
 from torch._library.custom_ops import CustomOpDef
 
+from zoo.ops.direct import shorten
+
 COUNTER = "torch.utils.flop_counter"  # imports Triton, so it is not imported here
 
 
 def refuse_higher_order(op: CustomOpDef, public_name: str, *, has_gradient: bool) -> None:
-    """Make second derivatives and vmap of a fast path raise a sentence that names the way out.
+    """Make second derivatives and vmap of a fast path raise a sentence that names the way out; shorten its calls.
 
     op: the custom operator. public_name: the function of `zoo.ops` it serves.
     has_gradient: True for a forward operator, whose autograd formula is registered elsewhere; False for a backward
@@ -27,6 +29,7 @@ def refuse_higher_order(op: CustomOpDef, public_name: str, *, has_gradient: bool
         raise NotImplementedError(f"vmap over {public_name} is served by backend='reference' only; pass it")
 
     op.register_vmap(no_vmap)
+    shorten(op)
     if has_gradient:
         return
 

@@ -20,6 +20,8 @@ from sequence_mixer.errors import BackendError, suggest
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton's interpreter serves CPU tensors too
 FLOATING = ("float64", "float32", "bfloat16", "float16")
+_NAMES = {getattr(torch, name): name for name in FLOATING}
+_NOTHING = contextlib.nullcontext()
 
 
 class Spec(Protocol):
@@ -152,7 +154,7 @@ def why_not(
 ) -> str | None:
     """Reason why `entry` cannot serve a call on `device` in `dtype`, or None if it can."""
     spec = entry.spec
-    dtype_name = str(dtype).removeprefix("torch.")
+    dtype_name = _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
     if entry.missing:
         return f"needs the package {entry.missing[0]!r}, which is not installed"
     interpreted = device == "cpu" and "triton" in spec.needs and INTERPRETING
@@ -163,6 +165,14 @@ def why_not(
     if training and not spec.training:
         return "has no gradient, and an input requires one"
     return entry.refuses(**facts) if entry.refuses is not None else None
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Context without autocast on the device of `tensor`; costs nothing where it is off, outside a trace."""
+    device = tensor.device.type
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return _NOTHING
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ Yang et al. 2024 (gated linear attention).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sequence_mixer.errors import ConfigError, DtypeError, PackingError, ShapeError
@@ -18,7 +17,7 @@ from sequence_mixer.shapes import (
     expect_same_device,
     expect_shape,
 )
-from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
+from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select, without_autocast
 from zoo.ops.linear_attention.chunked import linear_attention_chunked
 from zoo.ops.linear_attention.cost import flops
 from zoo.ops.linear_attention.feature_map import FEATURE_MAPS, expect_feature_map
@@ -91,7 +90,7 @@ def linear_attention(
         "P": sizes["P"],
     }
     fn = select("linear_attention", backend, (v, q, k, log_decay, initial_state), facts)
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         y, final_state = fn(
             q, k, v, log_decay, feature_map, causal, normalize, eps, scale, padding_mask, initial_state, cu_seqlens
         )

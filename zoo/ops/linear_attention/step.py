@@ -10,7 +10,7 @@ from torch import Tensor
 from sequence_mixer.errors import DtypeError, ShapeError
 from sequence_mixer.shapes import accumulation_dtype, expect_floating, expect_same_device, expect_shape
 from zoo.ops.custom import refuse_higher_order
-from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
+from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select, without_autocast
 from zoo.ops.in_place import expect_in_place
 from zoo.ops.linear_attention import linear_attention
 from zoo.ops.linear_attention.feature_map import expect_feature_map, features
@@ -66,7 +66,7 @@ def linear_attention_step(
         "linear_attention_step", "linear_attention", state, accumulation_dtype(v.dtype), q, k, v, log_decay
     )  # fmt: skip
     fn = select("linear_attention_step", backend, (v,), {"P": sizes["P"]})
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         y: Tensor = fn(q, k, v, log_decay, state, feature_map, normalize, float(eps), float(scale))
     return y
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import LOG2E, exp
 from zoo.ops.kernels.rows import next_power_of_2, rows, warps_for
 from zoo.ops.semiseparable.kernels.launch import on_device
@@ -28,7 +29,7 @@ def feature(x, MAP: tl.constexpr):
     return x
 
 
-@triton.jit
+@launched
 def linear_attention_step_kernel(
     q_ptr, k_ptr, v_ptr, decay_ptr, state_ptr, y_ptr,  # [B,H,N] [B,G,N] [B,G,P] [B,H] or [B,H,N], [B,H,N,P(+1)] [B,H,P]
     H, heads_of_group, N, eps, scale,

@@ -57,8 +57,9 @@ def sizes_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Sizes:
 
 def flat(part: Tensor) -> Tensor:
     """`part` [B,T,X,Y] itself if Y is contiguous and token t of row b lies at b T + t steps, else a copy that is so."""
-    rows = part.shape[0] == 1 or part.stride(0) == part.shape[1] * part.stride(1)
-    return part if rows and part.stride(3) == 1 else part.contiguous()
+    size, step = part.shape, part.stride()
+    rows = size[0] == 1 or step[0] == size[1] * step[1]
+    return part if rows and step[3] == 1 else part.contiguous()
 
 
 def contiguous(part: Tensor | None) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import INTERPRETED, dot
 from zoo.ops.semiseparable.kernels.decay import token_range
 
@@ -46,7 +47,7 @@ def numbers(ptr, first, head, stride_t, stride_h, in_seq, CHUNK: tl.constexpr):
     return tl.load(base + tl.arange(0, CHUNK) * stride_t, mask=in_seq, other=0.0)
 
 
-@triton.jit(do_not_specialize=["T", "slots"])
+@launched(do_not_specialize=["T", "slots"])
 def walk_kernel(
     query_ptr, key_ptr, value_ptr,  # [BT,HQ,N] [BT,HK,N] [BT,HV,P]
     s_ptr, r_ptr, slot_ptr, skip_ptr,  # [H,slots,CHUNK] float32, int [S] if PACKED: first slots of sequences; [H]
@@ -204,7 +205,7 @@ def walk_kernel(
             tl.store(end_vector_ptr + vector_at, vector, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["BT"])
+@launched(do_not_specialize=["BT"])
 def row_products_kernel(
     x_ptr, y_ptr, out_ptr,  # [BT,H,P] by strides, [BT,H,P] by strides, [H,BT] float32
     BT, x_t, x_h, y_t, y_h,

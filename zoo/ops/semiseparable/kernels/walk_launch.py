@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import Constants
+from zoo.ops.kernels.launcher import start as start_kernel
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.semiseparable.kernels.launch import OPERANDS, contiguous, flat, on_device, strides
 from zoo.ops.semiseparable.kernels.walk import row_products_kernel, walk_kernel
@@ -27,6 +29,7 @@ TABLE = {
 }
 
 
+@lru_cache
 def blocks_for(dtype: torch.dtype, width: int) -> Blocks:
     """Blocks of a walk over keys of `width` channels."""
     return next(blocks for widest, blocks in TABLE[dtype].items() if width <= widest)
@@ -38,27 +41,25 @@ class State(NamedTuple):
     matrix: Tensor | None
     vector: Tensor | None = None
 
-    def steps(self) -> list[int]:
-        found = [0] * 3 if self.matrix is None else list(self.matrix.stride()[1:])
-        return found + ([0] * 2 if self.vector is None else list(self.vector.stride()[1:]))
+    def steps(self) -> tuple[int, ...]:
+        found = (0, 0, 0) if self.matrix is None else self.matrix.stride()[1:]
+        return found + ((0, 0) if self.vector is None else self.vector.stride()[1:])
 
 
 NO_STATE = State(None)
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """float32 numbers per token and head, [BT,H] by strides."""
 
     values: Tensor
 
     @staticmethod
     def empty(tokens: int, heads: int, device: torch.device) -> Tokens:
-        return Tokens(torch.empty(heads, tokens, dtype=torch.float32, device=device).mT)
+        return Tokens(torch.empty_strided((tokens, heads), (1, tokens), dtype=torch.float32, device=device))
 
 
-@dataclass(frozen=True)
-class Decays:
+class Decays(NamedTuple):
     """Sums of log2 decays inside each chunk, float32 [H,slots,chunk].
 
     s: up to and with a token; beyond a sequence it stays. r: s - log2 of the time step.
@@ -98,33 +99,53 @@ def walk(
     rows: with `normalise`, where the row factors go; else row factors to apply.
     """
     B, T, H, P = out.shape
-    N = query.shape[3]
-    blocks = blocks or blocks_for(query.dtype, N)
+    blocks = blocks or blocks_for(query.dtype, query.shape[3])
     if decays is not None:
         assert decays.s.shape[2] == blocks.chunk, "sums of decays belong to chunks of the walk"
     S = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    block_p = min(blocks.channels, max(16, next_power_of_2(P)))
-    per_token = [0 if part is None else step for part in (rows, weights, shift) for step in _steps(part)]
+    factored = scaled if factor != 1.0 else ""
+    constants = _constants(
+        blocks, query.dtype, H, query.shape[2], key.shape[2], value.shape[2], query.shape[3], P,
+        reverse, cu_seqlens is not None, decays is not None, skip is not None, factored, normalise,
+        rows is not None and not normalise, weights is not None, shifted,
+        start.matrix is not None, start.vector is not None, end.matrix is not None,
+    )  # fmt: skip
+    s, r, first, slots = (None, None, None, 0) if decays is None else (*decays, decays.s.shape[1])
+    row, row_steps = _parts(rows)
+    weight, weight_steps = _parts(weights)
+    moved, moved_steps = _parts(shift)
     with on_device(query):
-        walk_kernel[(S * H * cdiv(P, block_p),)](
-            query, key, value, decays and decays.s, decays and decays.r, decays and decays.first, skip,
-            *(part and part.values for part in (rows, weights, shift)),
-            start.matrix, start.vector, cu_seqlens, out, end.matrix, end.vector,
-            factor, eps, T, 0 if decays is None else decays.s.shape[1],
-            *strides(query, key, value), *per_token, *start.steps(), *end.steps(),
-            H=H, JQ=H // query.shape[2], JK=H // key.shape[2], JV=H // value.shape[2], N=N, P=P,
-            REVERSE=reverse, PACKED=cu_seqlens is not None, HAS_DECAY=decays is not None, HAS_SKIP=skip is not None,
-            SCALED=scaled if factor != 1.0 else "", NORMALISE=normalise, HAS_ROW=rows is not None and not normalise,
-            HAS_WEIGHT=weights is not None, SHIFTED=shifted,
-            HAS_START=start.matrix is not None, HAS_START_VECTOR=start.vector is not None,
-            STORE_END=end.matrix is not None,
-            CHUNK=blocks.chunk, BLOCK_N=max(16, next_power_of_2(N)), BLOCK_P=block_p,
-            OPERAND=OPERANDS[query.dtype], num_warps=blocks.warps, num_stages=blocks.stages,
+        start_kernel(
+            walk_kernel, (S * H * cdiv(P, constants["BLOCK_P"]),), constants,
+            query, key, value, s, r, first, skip, row, weight, moved,
+            start.matrix, start.vector, cu_seqlens, out, end.matrix, end.vector, factor, eps, T, slots,
+            *query.stride()[1:3], *key.stride()[1:3], *value.stride()[1:3], *row_steps, *weight_steps, *moved_steps,
+            *start.steps(), *end.steps(),
         )  # fmt: skip
 
 
-def _steps(part: Tokens | None) -> tuple[int, ...]:
-    return (0, 0) if part is None else part.values.stride()
+FLAGS = (
+    "REVERSE", "PACKED", "HAS_DECAY", "HAS_SKIP", "SCALED", "NORMALISE", "HAS_ROW", "HAS_WEIGHT", "SHIFTED",
+    "HAS_START", "HAS_START_VECTOR", "STORE_END",
+)  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _constants(
+    blocks: Blocks, dtype: torch.dtype, H: int, HQ: int, HK: int, HV: int, N: int, P: int, *flags: bool | str
+) -> Constants:
+    """Constants and options of a launch. flags: values of FLAGS."""
+    return Constants({
+        "H": H, "JQ": H // HQ, "JK": H // HK, "JV": H // HV, "N": N, "P": P, **dict(zip(FLAGS, flags, strict=True)),
+        "CHUNK": blocks.chunk, "BLOCK_N": max(16, next_power_of_2(N)),
+        "BLOCK_P": min(blocks.channels, max(16, next_power_of_2(P))),
+        "OPERAND": OPERANDS[dtype], "num_warps": blocks.warps, "num_stages": blocks.stages,
+    })  # fmt: skip
+
+
+def _parts(part: Tokens | None) -> tuple[Tensor | None, tuple[int, ...]]:
+    """The tensor and its steps."""
+    return (None, (0, 0)) if part is None else (part.values, part.values.stride())
 
 
 def parted(state: Tensor | None, normalise: bool) -> State:
@@ -197,10 +218,12 @@ def linear_backward(
     begin = NO_STATE if initial_state is None else turned(parted(dinitial, normalise))
 
     def like(part: Tensor) -> Tensor:
-        kind = part.dtype if part.shape[2] == H else torch.float32  # heads of a group are summed before rounding
-        return torch.empty((B, T, H, part.shape[3]), dtype=kind, device=v.device)
+        if part.shape[2] == H:
+            return torch.empty_like(part, memory_format=torch.contiguous_format)
+        # heads of a group are summed before rounding
+        return torch.empty((B, T, H, part.shape[3]), dtype=torch.float32, device=v.device)
 
-    dq, dk, dv = torch.empty(q.shape, dtype=q.dtype, device=q.device), like(k), like(v)
+    dq, dk, dv = like(q), like(k), like(v)
     constant = 1.0 if normalise else scale
     keys: dict[str, Any] = {"reverse": True, "factor": constant, "scaled": "keys", "weights": factors}
     walk(k, q, dy, dv, cu_seqlens, start=State(late.matrix), **keys)
