@@ -8,10 +8,10 @@ weight's sums over rows are kept per program and added up afterwards, so that ev
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.norm.kernels.rows import as_rows, block_of
 
@@ -19,11 +19,11 @@ PROGRAMS = 528  # row ranges, times the groups: four per multiprocessor of an H1
 WARPS: int | None = None  # of a program; None for those of the forward
 
 
-@triton.jit
+@launched
 def _norm_bwd(
     dy_ptr, x_ptr, z_ptr, weight_ptr,  # [R,D] [R,D] [R,D] [D]
     dx_ptr, dz_ptr, partial_ptr,  # -> [R,D], [R,D], [row ranges,D]
-    R, rows_per_program, groups, D, GROUP, eps, dy_stride_r, x_stride_r, z_stride_r,
+    R, rows_per_program, groups, D, GROUP, eps, dy_stride_r, x_stride_r, z_stride_r, dz_stride_r,
     HAS_GATE: tl.constexpr, NORM_FIRST: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program owns one group of channels of a range of rows, and their share of the gradient of the weight."""
@@ -70,18 +70,23 @@ def _norm_bwd(
                 dgate = dvalue * x
                 dvalue = dvalue * gate
             dz = dgate * sigmoid * (1.0 + z * (1.0 - sigmoid))
-            tl.store(dz_ptr + row * D + d, dz.to(dz_ptr.dtype.element_ty), mask=in_group)
+            tl.store(dz_ptr + row * dz_stride_r + d, dz.to(dz_ptr.dtype.element_ty), mask=in_group)
         tl.store(dx_ptr + row * D + d, dvalue.to(dx_ptr.dtype.element_ty), mask=in_group)
     tl.store(partial_ptr + part * D + d, dweight, mask=in_group)
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the kernel; arguments and results as those of the custom operator."""
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool,
+    dz: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch the kernel; arguments and results as those of the custom operator.
+
+    dz: where the gradient of z goes, [...,D] with one stride from row to row; None for a tensor of its own.
+    """
     channels = x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dz = x.new_empty(0) if z is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if dz is None:
+        dz = x.new_empty(0) if z is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     cotangents, values = as_rows(dy), as_rows(x)
     gates = values if z is None else as_rows(z)
     rows, groups = values.shape[0], channels // group_size
@@ -93,7 +98,7 @@ def norm_backward(
     _norm_bwd[(parts * groups,)](
         cotangents, values, gates, weight.contiguous(), dx, dz, partial,
         rows, rows_per_program, groups, channels, group_size, eps,
-        cotangents.stride(0), values.stride(0), gates.stride(0),
+        cotangents.stride(0), values.stride(0), gates.stride(0), dz.stride(-2) if dz.dim() > 1 else channels,
         HAS_GATE=z is not None, NORM_FIRST=norm_before_gate, SINGLE=group_size == 1, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return dx, dz, partial.sum(0).to(weight.dtype)

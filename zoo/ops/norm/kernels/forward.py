@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.norm.kernels.rows import as_rows, block_of
 
 
-@triton.jit
+@launched
 def _norm_fwd(
     x_ptr, z_ptr, weight_ptr, y_ptr,  # [R,D] [R,D] [D] -> [R,D]
     groups, D, GROUP, eps, x_stride_r, z_stride_r,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.short_convolution.kernels.inputs import input_tile, rows_contiguous, sequence_of_tokens, spans
 from zoo.ops.short_convolution.kernels.walk import backward_rows
@@ -29,7 +30,7 @@ def silu_gradient(dy, pre):
     return dy * gate * (1.0 + pre * (1.0 - gate))
 
 
-@triton.jit
+@launched
 def _convolution_bwd(
     dy_ptr, dfinal_ptr, x_ptr, weight_ptr, bias_ptr, state_ptr,  # [B,T,D] [S,D,W-1] [B,T,D] [D,W] [D] [S,D,W-1]
     dx_ptr, partial_ptr,  # -> [B,T,D], [programs,W+1,D]: taps, bias
@@ -86,7 +87,7 @@ def _convolution_bwd(
     tl.store(partial + W * D + d, dbias, mask=in_d)
 
 
-@triton.jit
+@launched
 def _initial_state_bwd(
     dy_ptr, dfinal_ptr, x_ptr, weight_ptr, bias_ptr, state_ptr,  # as in _convolution_bwd
     dstate_ptr,  # -> [S,D,W-1]
@@ -141,8 +142,12 @@ def convolution_backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     silu: bool,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the kernels; arguments and results as those of the custom operator."""
+    """Launch the kernels; arguments and results as those of the custom operator.
+
+    dx: where the gradient of x goes, with stride 1 along D; None for a tensor of its own.
+    """
     batch, tokens, channels = x.shape
     width = weight.shape[1]
     x, dy = rows_contiguous(x), rows_contiguous(dy)
@@ -155,11 +160,11 @@ def convolution_backward(
     sequence, ends = (x, x) if cu_seqlens is None else sequence_of_tokens(cu_seqlens, tokens)
     programs = batch * cdiv(tokens, TILES * BLOCK_T)
     column_blocks = cdiv(channels, BLOCK_D)
-    dx = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
+    whole = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device) if dx is None or packed else dx
     if packed:
         partial = torch.empty((programs, width + 1, channels), dtype=torch.float32, device=x.device)
         _convolution_bwd[(programs, column_blocks)](
-            dy, late, x, taps, offset, x if state is None else state, dx, partial, sequence, ends,
+            dy, late, x, taps, offset, x if state is None else state, whole, partial, sequence, ends,
             tokens, channels, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
             W=width, HAS_BIAS=bias is not None, HAS_STATE=state is not None, HAS_FINAL=dfinal is not None,
             PACKED=packed, SILU=silu,
@@ -167,7 +172,8 @@ def convolution_backward(
         )  # fmt: skip
         sums = partial.sum(0)  # [W+1, D]
     else:
-        sums = backward_rows(dy, dfinal, x, taps, bias, state, dx, silu)
+        sums = backward_rows(dy, dfinal, x, taps, bias, state, whole, silu)
+    dx = whole if dx is None or dx is whole else dx.copy_(whole)
     dweight = torch.empty((channels, width), dtype=weight.dtype, device=x.device).copy_(sums[:width].t())
     dbias = x.new_empty(0)
     if bias is not None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.short_convolution.kernels.inputs import input_tile, rows_contiguous, sequence_of_tokens, spans
 from zoo.ops.short_convolution.kernels.walk import forward_rows
@@ -14,7 +14,7 @@ from zoo.ops.short_convolution.kernels.walk import forward_rows
 BLOCK_T, BLOCK_D = 32, 64
 
 
-@triton.jit
+@launched
 def _convolution_fwd(
     x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr,  # [B,T,D] [D,W] [D] [S,D,W-1] -> [B,T,D]
     sequence_ptr, cu_ptr,  # [T] [S+1] if PACKED
@@ -42,7 +42,7 @@ def _convolution_fwd(
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & in_d[None, :])
 
 
-@triton.jit
+@launched
 def _final_state(
     x_ptr, state_ptr, final_ptr,  # [B,T,D] [S,D,W-1] -> [S,D,W-1]
     cu_ptr,  # [S+1] if PACKED

@@ -1,26 +1,28 @@
 """Short convolution of many taps, without activation: loops over taps instead of unrolling them.
 
-The taps of a channel meet shifted copies of one tile, which stay in the cache. Sums over tokens are kept per program
-and added up afterwards, so that every run gives the same bits.
+Rows without packing and states are served by `many.py`. Here the taps of a channel meet shifted copies of one tile,
+which stay in the cache. Sums over tokens are kept per program and added up afterwards, so that every run gives the same
+bits.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.short_convolution.kernels.forward import _final_state
 from zoo.ops.short_convolution.kernels.inputs import input_tile, rows_contiguous, sequence_of_tokens, spans
+from zoo.ops.short_convolution.kernels.many import many_dweight, many_taps
 
 BLOCK_T, BLOCK_D = 32, 64
 STATE_BLOCK_D = 16  # channels of a program that holds all taps of each
 SEGMENT = 512  # tokens of a program that sums over them
 
 
-@triton.jit
+@launched
 def _looped_fwd(
     x_ptr, taps_ptr, bias_ptr, state_ptr, y_ptr,  # [B,T,D] [W,D] [D] [S,D,W-1] -> [B,T,D]
     sequence_ptr, cu_ptr,  # [T] [S+1] if PACKED
@@ -46,7 +48,7 @@ def _looped_fwd(
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & in_d[None, :])
 
 
-@triton.jit
+@launched
 def _looped_dx(
     dy_ptr, dfinal_ptr, taps_ptr, dx_ptr,  # [B,T,D] [S,D,W-1] [W,D] -> [B,T,D]
     sequence_ptr, cu_ptr,  # [T] [S+1] if PACKED
@@ -75,7 +77,7 @@ def _looped_dx(
     tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=(t < T)[:, None] & in_d[None, :])
 
 
-@triton.jit
+@launched
 def _looped_dweight(
     dy_ptr, x_ptr, state_ptr, partial_ptr,  # [B,T,D] [B,T,D] [S,D,W-1] -> [programs,W+1,D]: taps, bias
     sequence_ptr, cu_ptr,  # [T] [S+1] if PACKED
@@ -106,7 +108,7 @@ def _looped_dweight(
     tl.store(partial + W * D + d, dbias, mask=in_d)
 
 
-@triton.jit
+@launched
 def _looped_dstate(
     dy_ptr, dfinal_ptr, weight_ptr, dstate_ptr,  # [B,T,D] [S,D,W-1] [D,W] -> [S,D,W-1]
     cu_ptr,  # [S+1] if PACKED
@@ -145,15 +147,20 @@ def looped_forward(
     state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
     sequence, ends = (x, x) if cu_seqlens is None else sequence_of_tokens(cu_seqlens, tokens)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    y = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
+    whole = cu_seqlens is None and state is None
     final = torch.empty((sequences, channels, width - 1), dtype=x.dtype, device=x.device)
     flags = {"W": width, "HAS_STATE": state is not None, "PACKED": cu_seqlens is not None}
     held = x if state is None else state
-    _looped_fwd[(batch * cdiv(tokens, BLOCK_T), cdiv(channels, BLOCK_D))](
-        x, taps, x if bias is None else bias.contiguous(), held, y, sequence, ends,
-        tokens, channels, x.stride(0), x.stride(1),
-        HAS_BIAS=bias is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, **flags, num_warps=4,
-    )  # fmt: skip
+    bias = None if bias is None else bias.contiguous()
+    if whole:
+        y = many_taps(x, taps, bias, reverse=False)
+    else:
+        y = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
+        _looped_fwd[(batch * cdiv(tokens, BLOCK_T), cdiv(channels, BLOCK_D))](
+            x, taps, x if bias is None else bias, held, y, sequence, ends,
+            tokens, channels, x.stride(0), x.stride(1),
+            HAS_BIAS=bias is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, **flags, num_warps=4,
+        )  # fmt: skip
     _final_state[(sequences, cdiv(channels, STATE_BLOCK_D))](
         x, held, final, ends, tokens, channels, x.stride(0), x.stride(1),
         BLOCK_D=STATE_BLOCK_D, BLOCK_W=max(2, next_power_of_2(width - 1)), **flags, num_warps=4,
@@ -181,19 +188,23 @@ def looped_backward(
     packed = cu_seqlens is not None
     dy_steps, x_steps = (dy.stride(0), dy.stride(1)), (x.stride(0), x.stride(1))
     column_blocks = cdiv(channels, BLOCK_D)
-    dx = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-    _looped_dx[(batch * cdiv(tokens, BLOCK_T), column_blocks)](
-        dy, late, weight.t().contiguous(), dx, sequence, ends, tokens, channels, *dy_steps,
-        W=width, HAS_FINAL=dfinal is not None, PACKED=packed, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
-    )  # fmt: skip
-    programs = batch * cdiv(tokens, SEGMENT)
-    partial = torch.empty((programs, width + 1, channels), dtype=torch.float32, device=x.device)
-    _looped_dweight[(programs, cdiv(channels, BLOCK_D // 2))](
-        dy, x, x if state is None else state, partial, sequence, ends, tokens, channels, *dy_steps, *x_steps,
-        W=width, HAS_STATE=state is not None, PACKED=packed,
-        SEGMENT=SEGMENT, BLOCK_D=BLOCK_D // 2, BLOCK_W=next_power_of_2(width), num_warps=4,
-    )  # fmt: skip
-    sums = partial.sum(0)  # [W+1, D]
+    if not packed and state is None and dfinal is None:
+        dx = many_taps(dy, weight.t().contiguous(), None, reverse=True)
+        sums = many_dweight(dy, x, width)
+    else:
+        dx = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
+        _looped_dx[(batch * cdiv(tokens, BLOCK_T), column_blocks)](
+            dy, late, weight.t().contiguous(), dx, sequence, ends, tokens, channels, *dy_steps,
+            W=width, HAS_FINAL=dfinal is not None, PACKED=packed, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
+        )  # fmt: skip
+        programs = batch * cdiv(tokens, SEGMENT)
+        partial = torch.empty((programs, width + 1, channels), dtype=torch.float32, device=x.device)
+        _looped_dweight[(programs, cdiv(channels, BLOCK_D // 2))](
+            dy, x, x if state is None else state, partial, sequence, ends, tokens, channels, *dy_steps, *x_steps,
+            W=width, HAS_STATE=state is not None, PACKED=packed,
+            SEGMENT=SEGMENT, BLOCK_D=BLOCK_D // 2, BLOCK_W=next_power_of_2(width), num_warps=4,
+        )  # fmt: skip
+        sums = partial.sum(0)  # [W+1, D]
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device).copy_(sums[:width].t())
     dbias = x.new_empty(0)
     if bias is not None:

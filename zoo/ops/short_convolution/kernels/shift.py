@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.semiseparable.kernels.launch import on_device
 
 TILE = 512  # taps of a program
 
 
-@triton.jit
+@launched
 def shift_taps_kernel(
     B_ptr, C_ptr, skip_ptr, taps_ptr,  # [D,W] [D,W] [D] -> [D,W]
     D, W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import LOG2E
 from zoo.ops.kernels.rows import cdiv, next_power_of_2, rows, warps_for
 from zoo.ops.semiseparable.kernels.launch import on_device
@@ -14,7 +14,7 @@ from zoo.ops.semiseparable.kernels.launch import on_device
 TILE = 2048  # elements of the state that one program holds, 16 in each of 128 threads
 
 
-@triton.jit
+@launched
 def short_convolution_step_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr,  # [B,D] [D,PAST+1] [D] [B,D,PAST] -> [B,D]
     D, x_stride_b, state_stride_b, state_stride_d,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import INTERPRETED
 from zoo.ops.kernels.rows import cdiv
 
@@ -67,7 +68,7 @@ def weighted(window, taps, total, W: tl.constexpr):
     return total
 
 
-@triton.jit
+@launched
 def walk_fwd(
     x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr,  # [B,T,D] [D,W] [D] [B,D,W-1] -> [B,T,D]
     T, D, x_stride_b, x_stride_t,
@@ -110,7 +111,9 @@ def slope(dy, pre, SILU: tl.constexpr):
 
 
 @triton.jit
-def store_dx(dx_row, dfinal_row, p, first, T, d, in_d, D, grads, back, W: tl.constexpr, HAS_FINAL: tl.constexpr):
+def store_dx(
+    dx_row, dfinal_row, p, first, T, d, in_d, dx_stride_t, grads, back, W: tl.constexpr, HAS_FINAL: tl.constexpr
+):
     """dx at position p >= first from the W gradients that begin there, and from that of the final state, [D,W-1]."""
     dx = weighted(grads, back, tl.zeros_like(grads[0]), W)
     if HAS_FINAL and W > 1:
@@ -118,14 +121,14 @@ def store_dx(dx_row, dfinal_row, p, first, T, d, in_d, D, grads, back, W: tl.con
             c = p - (T - (W - 1))
             at = dfinal_row + d * (W - 1) + c
             dx += tl.load(at, mask=live(p, 0, T, d, in_d), other=0.0).to(tl.float32)
-    tl.store(dx_row + p * D + d, dx.to(dx_row.dtype.element_ty), mask=live(p, first, T, d, in_d))
+    tl.store(dx_row + p * dx_stride_t + d, dx.to(dx_row.dtype.element_ty), mask=live(p, first, T, d, in_d))
 
 
-@triton.jit
+@launched
 def walk_bwd(
     dy_ptr, dfinal_ptr, x_ptr, weight_ptr, bias_ptr, state_ptr,  # [B,T,D] [B,D,W-1] [B,T,D] [D,W] [D] [B,D,W-1]
     dx_ptr, partial_ptr,  # -> [B,T,D], [spans,W+1,D]: taps, bias
-    T, D, dy_stride_b, dy_stride_t, x_stride_b, x_stride_t,
+    T, D, dy_stride_b, dy_stride_t, x_stride_b, x_stride_t, dx_stride_b, dx_stride_t,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_FINAL: tl.constexpr, SILU: tl.constexpr,
     BLOCK_D: tl.constexpr, SPAN: tl.constexpr, UNROLL: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +136,7 @@ def walk_bwd(
     span, row, first, d = place(T, D, BLOCK_D, SPAN, FLAT)
     in_d = d < D
     x_row, dy_row = x_ptr + row * x_stride_b, dy_ptr + row * dy_stride_b
-    dx_row, state_row = dx_ptr + row * T * D, state_ptr + row * D * (W - 1)
+    dx_row, state_row = dx_ptr + row * dx_stride_b, state_ptr + row * D * (W - 1)
     dfinal_row = dfinal_ptr + row * D * (W - 1)
     zero = tl.zeros([BLOCK_D], tl.float32)
     bias, dbias = zero, zero
@@ -165,7 +168,7 @@ def walk_bwd(
             for k in tl.static_range(1, W):
                 grown = grown + (dtaps[k] + g * window[k],)
             dtaps = grown
-            store_dx(dx_row, dfinal_row, t + u - (W - 1), first, T, d, in_d, D, grads, back, W, HAS_FINAL)
+            store_dx(dx_row, dfinal_row, t + u - (W - 1), first, T, d, in_d, dx_stride_t, grads, back, W, HAS_FINAL)
     for u in tl.static_range(W - 1):  # the next span's gradients, for the last dx of this one
         t = first + (SPAN + u)
         window = window[1:] + (earlier_row(x_row, state_row, t, T, d, in_d, x_stride_t, W, False),)
@@ -173,7 +176,7 @@ def walk_bwd(
         g = slope(dy, weighted(window, taps, bias, W), SILU)
         g = tl.where(live(t, 0, T, d, in_d), g, 0.0)
         grads = grads[1:] + (g,)
-        store_dx(dx_row, dfinal_row, t - (W - 1), first, T, d, in_d, D, grads, back, W, HAS_FINAL)
+        store_dx(dx_row, dfinal_row, t - (W - 1), first, T, d, in_d, dx_stride_t, grads, back, W, HAS_FINAL)
     partial = partial_ptr + span.to(tl.int64) * (W + 1) * D
     for k in tl.static_range(W):
         tl.store(partial + k * D + d, dtaps[k], mask=in_d)
@@ -204,7 +207,7 @@ def backward_rows(
     dy: Tensor, dfinal: Tensor | None, x: Tensor, taps: Tensor, bias: Tensor | None, state: Tensor | None, dx: Tensor,
     silu: bool,
 ) -> Tensor:  # fmt: skip
-    """Write dx [B,T,D]; the sums of the taps and of the bias, float32 [W+1,D]."""
+    """Write dx [B,T,D], with stride 1 along D; the sums of the taps and of the bias, float32 [W+1,D]."""
     batch, tokens, channels = x.shape
     options: dict[str, Any] = BACKWARD
     spans = batch * cdiv(tokens, options["SPAN"])
@@ -213,7 +216,7 @@ def backward_rows(
     walk_bwd[grid](
         dy, x if dfinal is None else dfinal, x, taps, x if bias is None else bias.contiguous(),
         x if state is None else state, dx, partial,
-        tokens, channels, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
+        tokens, channels, dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), dx.stride(0), dx.stride(1),
         W=taps.shape[1], HAS_BIAS=bias is not None, HAS_STATE=state is not None, HAS_FINAL=dfinal is not None,
         SILU=silu, FLAT=flat, **options,
     )  # fmt: skip
