@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from zoo.ops.dispatch import without_autocast
 from zoo.ops.in_place import may_overwrite, steps_in_place
 from zoo.ops.norm import flops as norm_flops
 from zoo.ops.norm import gated_rms_norm
@@ -19,6 +20,8 @@ from zoo.ops.short_convolution import flops as convolution_flops
 from zoo.ops.short_convolution.step import convolve_next
 from zoo.ops.ssd import flops as ssd_flops
 from zoo.ops.ssd import ssd
+from zoo.ops.ssd.block import serves as block_serves
+from zoo.ops.ssd.block import ssd_block
 from zoo.ops.ssd.step import ssd_step
 from zoo.ops.ssd.time_step import time_step
 
@@ -92,7 +95,10 @@ class SsdMixer(SequenceMixer):
         donate: bool,
     ) -> tuple[Tensor, SsdState]:
         """See `SequenceMixer.mix`."""
-        gates, xBC, dt = self._project(x)
+        projected = self.in_proj(x)
+        if state is None and self._is_one_block(projected):
+            return self._mix_block(projected, cu_seqlens)
+        gates, xBC, dt = self._split(projected)
         values, B, C, conv = self._convolve(xBC, None if state is None else state.conv, cu_seqlens, donate)
         rates = -self.A_log.to(accumulation_dtype(x.dtype)).exp()
         skip = self.D.unflatten(0, (-1, self.config.head_dim)) if self.config.d_has_head_dim else self.D
@@ -123,7 +129,7 @@ class SsdMixer(SequenceMixer):
             dt_bias=self.dt_bias,
             dt_softplus=True,
             dt_limit=self.config.dt_limit,
-            initial_state=self._states_before(x, cu_seqlens) if state is None else state.ssm,
+            initial_state=self._states_before(projected, cu_seqlens) if state is None else state.ssm,
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
@@ -149,7 +155,7 @@ class SsdMixer(SequenceMixer):
         add an output that depends on no value; `finish` adds it.
         """
         self._check_call(x, None, None)
-        gates, xBC, dt = self._project(x)
+        gates, xBC, dt = self._split(self.in_proj(x))
         values, B, C, _ = self._convolve(xBC, None, None)
         inner = accumulation_dtype(values.dtype)
         steps = time_step(dt, self.dt_bias, True, self.config.dt_limit, inner)
@@ -199,11 +205,43 @@ class SsdMixer(SequenceMixer):
         names = ["A_log", "D", "dt_bias"] + ["init_states"] * self.config.learnable_init_states
         return {name: {"weight_decay": 0.0} for name in names}
 
-    def _project(self, x: Tensor) -> tuple[_Gates, Tensor, Tensor]:
-        """Gates, convolution input [B,T,H P + 2 G N] and raw time steps [B,T,H] from x [B,T,D]."""
+    def _is_one_block(self, projected: Tensor) -> bool:
+        """Whether everything between the projections goes to kernels that one operator can join."""
+        config = self.config
+        if config.mlp_channels or config.d_has_head_dim or not config.rmsnorm or config.dt_limit[0] < 0.0:
+            return False
+        group = config.ssm_channels // config.norm_parts
+        sizes = (config.ssm_channels, config.n_heads, config.d_state, config.d_conv, group)
+        return block_serves(projected, *sizes, self.backend)
+
+    def _mix_block(self, projected: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, SsdState]:
+        """`mix` without a state: convolution, SSD and norm in one operator."""
+        config = self.config
+        with without_autocast(projected):
+            y, conv, ssm, _, _ = ssd_block(
+                projected,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                -self.A_log.to(accumulation_dtype(projected.dtype)).exp(),
+                self.D,
+                self.dt_bias,
+                self.norm.weight,
+                self._states_before(projected, cu_seqlens),
+                cu_seqlens,
+                config.n_groups,
+                config.d_state,
+                *config.dt_limit,
+                config.norm_eps,
+                config.ssm_channels // config.norm_parts,
+                config.norm_before_gate,
+            )
+        return self.out_proj(y), SsdState(conv, ssm)
+
+    def _split(self, projected: Tensor) -> tuple[_Gates, Tensor, Tensor]:
+        """Gates, convolution input [B,T,H P + 2 G N] and raw time steps [B,T,H] from the columns of `projected`."""
         config = self.config
         widths = [config.mlp_channels] * 2 + [config.ssm_channels, config.conv_channels, config.n_heads]
-        mlp_gate, mlp_value, z, xBC, dt = self.in_proj(x).split(widths, dim=-1)
+        mlp_gate, mlp_value, z, xBC, dt = projected.split(widths, dim=-1)
         return _Gates(z, mlp_gate, mlp_value), xBC, dt
 
     def _convolve(

@@ -37,6 +37,32 @@ def test_sums_over_parts_of_a_group_are_within_budget(
     check_ssd(ssd_inputs(device, 70, torch.bfloat16, heads=4, groups=groups))
 
 
+@pytest.mark.parametrize(("block_j", "block_q"), [(64, 64), (16, 128)])
+def test_tiles_and_rows_of_a_chunk_are_within_budget(
+    device: str, block_j: int, block_q: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zoo.ops.ssd.kernels import launch
+
+    monkeypatch.setattr(launch, "PAIRS", launch.PAIRS | {"BLOCK_J": block_j})
+    monkeypatch.setattr(launch, "KEYS", launch.KEYS | {"BLOCK_Q": block_q})
+    check_ssd(ssd_inputs(device, 150, torch.bfloat16, heads=2, groups=1))
+
+
+@pytest.mark.parametrize(("width", "channels", "groups"), [(256, 16, 2), (128, 128, 1), (16, 192, 1)])
+def test_wide_states_and_heads_are_within_budget(device: str, width: int, channels: int, groups: int) -> None:
+    given = ssd_inputs(device, 20, torch.bfloat16, heads=2, groups=groups, width=width, channels=channels)
+    check_ssd(given)
+    check_ssd(given | {"initial_state": given["initial_state"].repeat(2, 1, 1, 1)}, [0, 7, 20])
+
+
+def test_gradients_of_time_steps_of_zero_and_of_long_ones_are_within_budget(device: str) -> None:
+    given = ssd_inputs(device, 140, torch.bfloat16, absent=("dt_bias",))
+    given["dt"] = given["dt"].abs()
+    given["dt"][0, ::3] = 0.0
+    given["dt"][0, 1::7] = 300.0
+    check_ssd(given, dt_softplus=False)
+
+
 def test_time_steps_of_nan_stay_nan(device: str) -> None:
     given = ssd_inputs(device, 40, torch.bfloat16)
     given["dt"][0, 20] = torch.nan
@@ -73,3 +99,22 @@ def test_kernels_go_to_the_device_of_their_inputs(dtype: torch.dtype) -> None:
 def test_few_long_packed_sequences_are_within_budget_on_a_gpu() -> None:
     given = ssd_inputs("cuda", 3000, torch.bfloat16, heads=16, groups=1, width=128, channels=64, sequences=4)
     check_ssd(given, [0, 1000, 1000, 1001, 3000])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width", "channels"), [(1000, 64, 128, 64), (4096, 32, 64, 64), (20, 2, 128, 16)]
+)
+def test_every_run_gives_the_same_bits_on_a_gpu(
+    device: str, tokens: int, heads: int, width: int, channels: int
+) -> None:
+    """In memory that holds other numbers each time, with programs enough to meet on a multiprocessor."""
+    if device != "cuda":
+        pytest.skip("needs a CUDA device: nothing runs side by side in Triton's interpreter")
+    sizes = {"heads": heads, "groups": 1, "width": width, "channels": channels}
+    given = ssd_inputs(device, tokens, torch.bfloat16, batch=4, **sizes)
+    first = run_ssd(given, "triton", dt_softplus=True)
+    for _ in range(8):
+        torch.randn(1 << 26, device=device)  # left behind in the allocator
+        for name, value in run_ssd(given, "triton", dt_softplus=True).items():
+            assert torch.equal(value, first[name]), name

@@ -50,6 +50,30 @@ def ssd_triton(
     return add_skip(y, x, outside), final_state
 
 
+def forward_of(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    low: float,
+    high: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results of the custom operator: by walks, or by chunks side by side where walks are too few."""
+    from zoo.ops.ssd.kernels import walk, wide
+
+    A, D, dt_bias, initial_state = A.float().contiguous(), _float(D), _float(dt_bias), _float(initial_state)
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if sequences * x.shape[2] < FEWEST_WALKS and wide.serves(x, B):
+        return wide.forward(x, dt, A, B, C, D, dt_bias, dt_softplus, (low, high), initial_state, cu_seqlens)
+    return walk.forward(x, dt, A, B, C, D, dt_bias, dt_softplus, (low, high), initial_state, cu_seqlens)
+
+
 @torch.library.custom_op("zoo::ssd", mutates_args=())
 def ssd_forward(
     x: Tensor,
@@ -66,13 +90,7 @@ def ssd_forward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y [B,T,H,P] in the dtype of x, final state [S,H,P,N] in float32. D: [H]."""
-    from zoo.ops.ssd.kernels import launch, walk
-
-    A, D, dt_bias, initial_state = A.float().contiguous(), _float(D), _float(dt_bias), _float(initial_state)
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if sequences * x.shape[2] < FEWEST_WALKS and launch.serves(x, B):
-        return launch.forward(x, dt, A, B, C, D, dt_bias, dt_softplus, (low, high), initial_state, cu_seqlens)
-    return walk.forward(x, dt, A, B, C, D, dt_bias, dt_softplus, (low, high), initial_state, cu_seqlens)
+    return forward_of(x, dt, A, B, C, D, dt_bias, dt_softplus, low, high, initial_state, cu_seqlens)
 
 
 @ssd_forward.register_fake
@@ -116,11 +134,11 @@ def ssd_backward(
     dfinal: None for zeros.
     """
     from zoo.ops.semiseparable.kernels import launch as scans
-    from zoo.ops.ssd.kernels import launch
+    from zoo.ops.ssd.kernels import wide
 
     dy = dy.to(x.dtype)
-    if launch.serves(x, B):
-        found = launch.backward(
+    if wide.serves(x, B):
+        found = wide.backward(
             dy, scans.contiguous(dfinal), x, dt, A.float().contiguous(), B, C, _float(D), _float(dt_bias), dt_softplus,
             (low, high), _float(initial_state), cu_seqlens,
         )  # fmt: skip

@@ -18,6 +18,8 @@ from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.kernels.time_step import softplus
 
 LEAST = tl.constexpr(-160.0)  # log2 of a decay; a factor below 2^-149 is 0 in float32 anyway
+LEAST_STEP = tl.constexpr(2.0**-60)  # what stands for smaller time steps where r must be finite
+FARTHEST = 2**23  # elements from token to token
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,25 @@ def chunks_of(x: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
 
 
 def token_rows(part: Tensor) -> tuple[Tensor, int]:
-    """`part` [B,T,...] and its elements from token to token, one stride for all tokens; copied if that cannot be."""
+    """`part` [B,T,...] and its elements from token to token, one stride for all tokens; copied if that cannot be.
+
+    Copied as well if that stride is FARTHEST or more: offsets in one chunk are 32 bits wide.
+    """
     shape, steps, inner = part.shape, part.stride(), 1
     for size, step in zip(shape[:1:-1], steps[:1:-1], strict=True):
         if step != inner and size != 1:
             part = part.contiguous()
             return part, part.stride(1)
         inner *= size
-    if shape[0] > 1 and steps[0] != shape[1] * steps[1]:
+    if steps[1] >= FARTHEST or (shape[0] > 1 and steps[0] != shape[1] * steps[1]):
         part = part.contiguous()
         return part, part.stride(1)
     return part, steps[1]
+
+
+def warps_of(options: dict[str, int], name: str, rows: int) -> int:
+    """Warps for `rows` rows, where `options` are made for options[name] of them: several on the same rows are wrong."""
+    return max(1, options["num_warps"] * rows // options[name])
 
 
 @triton.jit
@@ -92,8 +102,8 @@ def place_of(chunk, table_ptr, T, PER_SEQUENCE, Q: tl.constexpr, PACKED: tl.cons
 @triton.jit
 def tile(ptr, first, live, stride, column, row, W: tl.constexpr):
     """Rows `row` of a chunk and W columns from `column` of a tensor of tokens; zeros from row `live` on."""
-    at = (first + row[:, None]) * stride + column + tl.arange(0, W)[None, :]
-    return tl.load(ptr + at, mask=(row < live)[:, None], other=0.0)
+    at = row[:, None] * stride + tl.arange(0, W)[None, :]  # the same in all chunks
+    return tl.load(ptr + (first * stride + column) + at, mask=(row < live)[:, None], other=0.0)
 
 
 @triton.jit
@@ -113,9 +123,12 @@ def sums_kernel(
     dt_ptr, bias_ptr, A_ptr, table_ptr, s_ptr, r_ptr,  # [B,T,H] [H] [H] -> [H,count,Q] twice
     T, PER_SEQUENCE, COUNT, stride, low, high,
     H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTPLUS: tl.constexpr,
-    Q: tl.constexpr, BLOCK_H: tl.constexpr, PACKED: tl.constexpr,
+    Q: tl.constexpr, BLOCK_H: tl.constexpr, PACKED: tl.constexpr, FINITE: tl.constexpr,
 ):  # fmt: skip
-    """One program owns one chunk of BLOCK_H heads. Beyond the chunk's tokens s stays, r is +inf (a time step of 0)."""
+    """One program owns one chunk of BLOCK_H heads. Beyond the chunk's tokens s stays, and the time step is 0.
+
+    r of a time step of 0 is +inf; if FINITE, that of LEAST_STEP.
+    """
     chunk = tl.program_id(0)
     first, live = place_of(chunk, table_ptr, T, PER_SEQUENCE, Q, PACKED)
     i = tl.arange(0, Q)
@@ -128,16 +141,20 @@ def sums_kernel(
     step = tl.where(wanted, step, 0.0)
     rate = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32) * LOG2E
     s = tl.cumsum(tl.maximum(step * rate[None, :], LEAST, propagate_nan=tl.PropagateNan.ALL), axis=0)
-    r = tl.where(step == 0.0, float("inf"), s - tl.log2(tl.where(step == 0.0, 1.0, step)))
+    if FINITE:
+        r = s - tl.log2(tl.maximum(step, LEAST_STEP, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        r = tl.where(step == 0.0, float("inf"), s - tl.log2(tl.where(step == 0.0, 1.0, step)))
     at = (h[None, :].to(tl.int64) * COUNT + chunk) * Q + i[:, None]
     tl.store(s_ptr + at, s, mask=(h < H)[None, :] & (i >= 0)[:, None])
     tl.store(r_ptr + at, r, mask=(h < H)[None, :] & (i >= 0)[:, None])
 
 
 def decay_sums(
-    chunks: Chunks, dt: Tensor, A: Tensor, bias: Tensor | None, has_softplus: bool, limits: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
-    """s and r, float32 [H,count,Q]. dt: [B,T,H] raw; A, bias: float32 [H]."""
+    chunks: Chunks, dt: Tensor, A: Tensor, bias: Tensor | None, has_softplus: bool, limits: tuple[float, float],
+    finite: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """s and r, float32 [H,count,Q]. dt: [B,T,H] raw; A, bias: float32 [H]. finite: see the kernel."""
     heads = dt.shape[2]
     s, r = chunks.per_token(heads), chunks.per_token(heads)
     dt, stride = token_rows(dt)
@@ -146,6 +163,6 @@ def decay_sums(
         dt, A if bias is None else bias, A, chunks.table, s, r,
         chunks.tokens, chunks.per_sequence, chunks.count, stride, *limits,
         H=heads, HAS_BIAS=bias is not None, HAS_SOFTPLUS=has_softplus,
-        Q=chunks.size, BLOCK_H=block, PACKED=chunks.packed, num_warps=4,
+        Q=chunks.size, BLOCK_H=block, PACKED=chunks.packed, FINITE=finite, num_warps=4,
     )  # fmt: skip
     return s, r

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.ops.kernels.primitives import LOG2E
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
-from zoo.ops.semiseparable.kernels.chunks import LEAST, Chunks, place_of, time_steps, token_rows
+from zoo.ops.semiseparable.kernels.chunks import LEAST, LEAST_STEP, Chunks, place_of, time_steps, token_rows
 
 
 @triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
@@ -17,7 +17,7 @@ def decays_kernel(
     dt_ptr, bias_ptr, A_ptr, row_ptr, col_ptr, kept_ptr, read_ptr, skip_ptr, flow_ptr, ddt_ptr, sums_ptr, table_ptr,
     T, PER_SEQUENCE, COUNT, stride, low, high,
     H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr,
-    Q: tl.constexpr, SUB: tl.constexpr, BLOCK_H: tl.constexpr, PACKED: tl.constexpr,
+    Q: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_H: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One chunk of BLOCK_H heads: ddt [B,T,H] of the raw dt; sums [3,count,H]: of dA, of d dt_bias, of dD.
 
@@ -36,17 +36,20 @@ def decays_kernel(
         raw += tl.load(bias_ptr + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
     reached, step = time_steps(raw, HAS_SOFTPLUS, low, high)
     rate = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+    plane = tl.full([1], H, tl.int64) * COUNT * Q
     row = tl.load(row_ptr + at, mask=wanted, other=0.0)
-    col = tl.load(col_ptr + at, mask=wanted, other=0.0)
-    if Q > SUB:
-        plane = tl.full([1], H, tl.int64) * COUNT * Q
-        row += tl.load(row_ptr + plane + at, mask=wanted & (i >= SUB)[:, None], other=0.0)
-        col += tl.load(col_ptr + plane + at, mask=wanted & (i < SUB)[:, None], other=0.0)
+    for across in tl.static_range(1, Q // BLOCK_J):
+        reached_by = i // BLOCK_I * BLOCK_I + BLOCK_I > across * BLOCK_J
+        row += tl.load(row_ptr + across * plane + at, mask=wanted & reached_by[:, None], other=0.0)
+    col = tl.zeros([Q, BLOCK_H], tl.float32)
+    for down in tl.static_range(0, Q // BLOCK_I):
+        above = i // BLOCK_I <= down
+        col += tl.load(col_ptr + down * plane + at, mask=wanted & above[:, None], other=0.0)
     row += tl.load(read_ptr + at, mask=wanted, other=0.0)
     kept = tl.load(kept_ptr + at, mask=wanted, other=0.0)
-    dstep = col + kept
+    dstep = col / tl.maximum(step, LEAST_STEP, propagate_nan=tl.PropagateNan.ALL) + kept
     kept = tl.where(wanted, kept * step, 0.0)
-    change = tl.cumsum(row - col * step, axis=0, reverse=True) + (tl.cumsum(kept, axis=0) - kept)
+    change = tl.cumsum(row - col, axis=0, reverse=True) + (tl.cumsum(kept, axis=0) - kept)
     change += tl.load(flow_ptr + h.to(tl.int64) * COUNT + chunk, mask=h < H, other=0.0)[None, :]
     felt = wanted & (step * rate[None, :] * LOG2E > LEAST)
     change = tl.where(felt, change, 0.0)
@@ -79,7 +82,8 @@ def decays(
         dt, A if bias is None else bias, A, row, col, kept, read, kept if skip is None else skip, flow, ddt, sums,
         chunks.table, chunks.tokens, chunks.per_sequence, chunks.count, stride, *limits,
         H=heads, HAS_BIAS=bias is not None, HAS_SOFTPLUS=has_softplus, HAS_D=skip is not None,
-        Q=chunks.size, SUB=chunks.size // row.shape[0], BLOCK_H=block, PACKED=chunks.packed, num_warps=4,
+        Q=chunks.size, BLOCK_I=chunks.size // col.shape[0], BLOCK_J=chunks.size // row.shape[0],
+        BLOCK_H=block, PACKED=chunks.packed, num_warps=4,
     )  # fmt: skip
     dbias, dD = (None if part is None else sums[i].sum(0) for part, i in ((bias, 1), (skip, 2)))
     return ddt, sums[0].sum(0), dbias, dD

@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import dot
-from zoo.ops.semiseparable.kernels.chunks import Chunks, place_of, tile, token_rows
+from zoo.ops.semiseparable.kernels.chunks import Chunks, place_of, tile, token_rows, warps_of
+
+MOST = tl.constexpr(127.0)  # log2 of a weight; it is finite where there is none, and the scores are 0 there
 
 
 @triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
@@ -32,8 +34,7 @@ def outputs_kernel(
     first, live = place_of(chunk, table_ptr, T, PER_SEQUENCE, Q, PACKED)
     C = tile(C_ptr, first, live, C_stride, h0 // (H // G) * N, i, N)
     B = tile(B_ptr, first, live, B_stride, h0 // (H // G) * N, j, N)
-    scores = dot(C, tl.trans(B))
-    seen = i[:, None] >= j[None, :]
+    scores = tl.where(i[:, None] >= j[None, :], dot(C, tl.trans(B)), 0.0)
     n = tl.arange(0, N)
     p = tl.arange(0, P)
     for k in range(0, HEADS):
@@ -44,7 +45,7 @@ def outputs_kernel(
         s = tl.load(s_ptr + sums + i)
         r = tl.load(r_ptr + sums + j)
         y = dot(C, S) * tl.exp2(s)[:, None]
-        w = tl.exp2(tl.where(seen, s[:, None] - r[None, :], float("-inf"))) * scores
+        w = tl.exp2(tl.minimum(s[:, None] - r[None, :], MOST)) * scores
         if HAS_D:  # the skip rides on the diagonal
             w += tl.where(i[:, None] == j[None, :], tl.load(D_ptr + h), 0.0)
         y = dot(w.to(x.dtype), x, y)
@@ -55,7 +56,7 @@ def outputs_kernel(
 @triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
 def values_kernel(
     dy_ptr, B_ptr, C_ptr, s_ptr, r_ptr, R_ptr, D_ptr, dx_ptr, table_ptr,
-    T, PER_SEQUENCE, COUNT, dy_stride, B_stride, C_stride,
+    T, PER_SEQUENCE, COUNT, dy_stride, B_stride, C_stride, dx_stride,
     H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, BLOCK_Q: tl.constexpr,
     HEADS: tl.constexpr, HAS_D: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -71,8 +72,7 @@ def values_kernel(
     first, live = place_of(chunk, table_ptr, T, PER_SEQUENCE, Q, PACKED)
     B = tile(B_ptr, first, live, B_stride, h0 // (H // G) * N, j, N)
     C = tile(C_ptr, first, live, C_stride, h0 // (H // G) * N, i, N)
-    scores = dot(B, tl.trans(C))
-    seen = j[:, None] <= i[None, :]
+    scores = tl.where(j[:, None] <= i[None, :], dot(B, tl.trans(C)), 0.0)
     n = tl.arange(0, N)
     p = tl.arange(0, P)
     for k in range(0, HEADS):
@@ -84,11 +84,11 @@ def values_kernel(
         s = tl.load(s_ptr + sums + i)
         last = tl.load(s_ptr + sums + Q - 1)
         dx = dot(B, R) * tl.exp2(last - r)[:, None]
-        w = tl.exp2(tl.where(seen, s[None, :] - r[:, None], float("-inf"))) * scores
+        w = tl.exp2(tl.minimum(s[None, :] - r[:, None], MOST)) * scores
         if HAS_D:  # the skip rides on the diagonal
             w += tl.where(j[:, None] == i[None, :], tl.load(D_ptr + h), 0.0)
         dx = dot(w.to(dy.dtype), dy, dx)
-        at = ((first + j[:, None]) * H + h) * P + p[None, :]
+        at = (first + j[:, None]) * dx_stride + h * P + p[None, :]
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=(j < live)[:, None])
 
 
@@ -106,25 +106,26 @@ def outputs(
         chunks.tokens, chunks.per_sequence, chunks.count, x_stride, B_stride, C_stride,
         H=heads, G=groups, N=modes, P=channels, Q=chunks.size, BLOCK_Q=block, HEADS=share,
         HAS_D=D is not None, PACKED=chunks.packed,
-        num_warps=options["num_warps"], num_stages=options["num_stages"],
+        num_warps=warps_of(options, "BLOCK_Q", block), num_stages=options["num_stages"], maxnreg=options.get("maxnreg"),
     )  # fmt: skip
     return y
 
 
 def values(
     chunks: Chunks, dy: Tensor, B: Tensor, C: Tensor, s: Tensor, r: Tensor, R: Tensor, D: Tensor | None,
-    options: dict[str, int],
+    options: dict[str, int], dx: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """dx [B,T,H,P], contiguous. D: float32 [H]."""
+    """dx [B,T,H,P], contiguous, or written into `dx`, whose tokens lie at one stride. D: float32 [H]."""
     (heads, channels), (groups, modes) = dy.shape[2:], B.shape[2:]
-    dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    if dx is None:
+        dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     (dy, dy_stride), (B, B_stride), (C, C_stride) = token_rows(dy), token_rows(B), token_rows(C)
     share, block = math.gcd(options["HEADS"], heads // groups), min(options["BLOCK_Q"], chunks.size)
     values_kernel[(chunks.count * (heads // share) * (chunks.size // block),)](
         dy, B, C, s, r, R, s if D is None else D, dx, chunks.table,
-        chunks.tokens, chunks.per_sequence, chunks.count, dy_stride, B_stride, C_stride,
+        chunks.tokens, chunks.per_sequence, chunks.count, dy_stride, B_stride, C_stride, dx.stride(1),
         H=heads, G=groups, N=modes, P=channels, Q=chunks.size, BLOCK_Q=block, HEADS=share,
         HAS_D=D is not None, PACKED=chunks.packed,
-        num_warps=options["num_warps"], num_stages=options["num_stages"],
+        num_warps=warps_of(options, "BLOCK_Q", block), num_stages=options["num_stages"], maxnreg=options.get("maxnreg"),
     )  # fmt: skip
     return dx
