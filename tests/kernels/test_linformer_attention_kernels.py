@@ -55,7 +55,7 @@ def check(tensors: list[Tensor], device: str, dtype: torch.dtype, **options) -> 
 
 
 CASES: dict[str, tuple[dict, dict]] = {
-    "one-token": ({"tokens": 1, "length": 5}, {}),
+    "one-token": ({"tokens": 1, "length": 5, "batch": 16}, {}),  # dE is the sum of few terms else
     "tile": ({"tokens": 64, "batch": 1, "heads": 2, "groups": 1}, {}),
     "tile-and-one": ({"tokens": 65, "batch": 1, "length": 80, "rank": 20, "own": True}, {}),
     "prime": ({"tokens": 127, "batch": 1, "heads": 2, "groups": 1}, {}),
@@ -105,6 +105,20 @@ def test_a_split_sum_is_the_whole_sum(device: str, monkeypatch: pytest.MonkeyPat
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda told, name=name: name + told)
 
 
+@pytest.mark.parametrize(("masked", "halves"), [(False, 1), (True, 1), (True, 2)])
+def test_queries_shared_among_programs_stay_within_budget(
+    masked: bool, halves: int, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    from zoo.ops.linformer_attention.kernels import tiles
+
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(tiles, name, (*getattr(tiles, name)[:4], 1, halves))  # a tile is a walk long enough
+    monkeypatch.setattr(tiles, "HELD", 512)  # as much as these keys take
+    assert tiles.held_tiles(30, 16, 130, 2, backward=True)[2] < 130
+    options = {"padding_mask": padding(2, 130)} if masked else {}
+    check(draw(130, heads=2, groups=1, rank=30), device, torch.bfloat16, **options)
+
+
 def test_sums_are_split_where_few_programs_have_much_to_add():
     from zoo.ops.linformer_attention.kernels.tiles import PROGRAMS, split_length
 
@@ -152,16 +166,20 @@ def test_nan_in_padded_slots_and_scratch_changes_nothing(device: str, monkeypatc
         torch.testing.assert_close(value, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_custom_operators_pass_opcheck(padded: bool, device: str):
-    q, k, v, E, F = (t.to(device).requires_grad_() for t in draw(6, heads=2, groups=1, rank=4, own=padded))
+@pytest.mark.parametrize(("padded", "keep", "dtype"), [
+    (False, True, torch.float32), (True, True, torch.bfloat16), (False, False, torch.bfloat16),
+])  # fmt: skip
+def test_custom_operators_pass_opcheck(padded: bool, keep: bool, dtype: torch.dtype, device: str):
+    given = draw(6, heads=2, groups=1, rank=4, own=padded)
+    q, k, v, E, F = (t.to(device, dtype).requires_grad_() for t in given)
     mask = padding(2, 6).to(device) if padded else None
     forward = torch.ops.zoo.linformer_attention_fwd
     linformer_attention(q, k, v, E, F, backend="triton")  # registers the operators
-    torch.library.opcheck(forward, (q, k, v, E, F, mask))
+    torch.library.opcheck(forward, (q, k, v, E, F, mask, keep))
     with torch.no_grad():
-        y, keys, values = forward(q, k, v, E, F, mask)
-        given = [t.detach() for t in (torch.randn_like(y), q, k, v, E, F, keys, values)]
+        y, keys, values, lse = forward(q, k, v, E, F, mask, keep)
+        assert lse.numel() == (y.numel() // y.shape[3] if keep and dtype == torch.bfloat16 else 0)
+        given = [t.detach() for t in (torch.randn_like(y), q, k, v, E, F, keys, values, y, lse)]
         torch.library.opcheck(torch.ops.zoo.linformer_attention_bwd, (*given, mask))
 
 

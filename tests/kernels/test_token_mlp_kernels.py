@@ -109,13 +109,13 @@ def test_scratch_memory_is_never_read(device: str, monkeypatch: pytest.MonkeyPat
         assert torch.equal(value, wanted)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_custom_operators_pass_opcheck(bias: bool, device: str):
+@pytest.mark.parametrize(("bias", "keep"), [(False, True), (True, True), (True, False)])
+def test_custom_operators_pass_opcheck(bias: bool, keep: bool, device: str):
     x, w1, b1, w2, b2 = (None if t is None else t.to(device).requires_grad_() for t in draw(10, bias=bias))
     token_mlp(x, w1, b1, w2, b2, backend="triton")  # registers the operators
-    torch.library.opcheck(torch.ops.zoo.token_mlp_fwd, (x, w1, b1, w2, b2, True))
+    torch.library.opcheck(torch.ops.zoo.token_mlp_fwd, (x, w1, b1, w2, b2, True, keep))
     with torch.no_grad():
-        y, before = torch.ops.zoo.token_mlp_fwd(x, w1, b1, w2, b2, True)
+        y, before = torch.ops.zoo.token_mlp_fwd(x, w1, b1, w2, b2, True, keep)
         given = [None if t is None else t.detach() for t in (torch.randn_like(y), x, w1, b1, w2, before)]
         torch.library.opcheck(torch.ops.zoo.token_mlp_bwd, (*given, True))
 

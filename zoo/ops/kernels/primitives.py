@@ -32,6 +32,16 @@ def exp(x):
 
 
 @triton.jit
+def power(x, OPERAND: tl.constexpr):
+    """e^x for x <= 0: to the accuracy of float32 where operands are float32, else as the hardware gives it."""
+    if tl.float32 == OPERAND:
+        result = exp(x)
+    else:
+        result = tl.exp2(x * LOG2E)
+    return result
+
+
+@triton.jit
 def add_product(total, lost, a, b):
     """total + a [M,K] @ b [K,N], and what rounding took from it: the next call gives it back (Kahan summation).
 

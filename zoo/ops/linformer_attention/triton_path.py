@@ -1,7 +1,7 @@
 """Linformer attention through the Triton kernels: two custom operators, their fakes, gradient and FLOP formulas.
 
-The kernels do what has something to fuse or to split: the projections, whose sums run over the whole length, and the
-attention. The gradients of k, v, E and F are plain large matrix products and left to torch.
+The kernels do what has something to fuse or to split: the attention, and projections whose sums run over a part of the
+length. One projection for all heads and rows, and the gradients of k, v, E and F, are large products left to torch.
 """
 
 from __future__ import annotations
@@ -10,38 +10,54 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from zoo.ops.alignment import RealFirst, real_spans
 from zoo.ops.custom import flop_formula, refuse_higher_order
+from zoo.ops.linformer_attention import chunked
+from zoo.ops.linformer_attention.kernels.tiles import holds
 
 
 def linformer_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, *, padding_mask: Tensor | None
 ) -> Tensor:
     """Arguments and result of `linformer_attention`, without empty inputs; E and F are [...,R,T] in the dtype of q."""
-    y: Tensor = torch.ops.zoo.linformer_attention_fwd(q, k, v, E, F, padding_mask)[0]
+    trains = torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v, E, F))
+    y: Tensor = torch.ops.zoo.linformer_attention_fwd(q, k, v, E, F, padding_mask, trains)[0]
     return y
 
 
 @torch.library.custom_op("zoo::linformer_attention_fwd", mutates_args=())
 def linformer_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, padding_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [B,T,H,P], and E k and F v, each [B,R,G,P]; contiguous, in the dtype of q."""
+    q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, padding_mask: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y [B,T,H,P], and E k and F v, each [B,R,G,P]; contiguous, in the dtype of q. And float32 [B,H,T] for a backward
+    that uses it, under `keep`; else empty."""
     from zoo.ops.linformer_attention.kernels.forward import attend
-    from zoo.ops.linformer_attention.kernels.project import project
+    from zoo.ops.linformer_attention.kernels.held import attend_held
 
     spans = None if padding_mask is None else real_spans(padding_mask)
-    keys, values = project(E, k, spans), project(F, v, spans)
-    return attend(q, keys, values, spans), keys, values
+    keys, values = shortened(E, k, spans), shortened(F, v, spans)
+    if not keep and spans is None and q.dtype != torch.float32:  # cuDNN's forward is a tenth faster than ours
+        turned, turned_keys, turned_values = (part.transpose(1, 2) for part in (q, keys, values))
+        grouped = q.shape[2] != k.shape[2]
+        y = scaled_dot_product_attention(turned, turned_keys, turned_values, enable_gqa=grouped)
+        y = y.transpose(1, 2).contiguous()
+        return y, keys, values, q.new_empty(0, dtype=torch.float32)
+    if holds(E.shape[-2], q.shape[3], q.element_size()):
+        y, lse = attend_held(q, keys, values, spans, keep)
+        return y, keys, values, lse
+    return attend(q, keys, values, spans), keys, values, q.new_empty(0, dtype=torch.float32)
 
 
 @linformer_attention_fwd.register_fake
 def _fwd_fake(
-    q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, padding_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor, padding_mask: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     projected = (q.shape[0], E.shape[-2], *k.shape[2:])
-    return q.new_empty(q.shape), q.new_empty(projected), q.new_empty(projected)
+    kept = keep and holds(E.shape[-2], q.shape[3], q.element_size())
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]) if kept else (0,), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(projected), q.new_empty(projected), lse
 
 
 @torch.library.custom_op("zoo::linformer_attention_bwd", mutates_args=())
@@ -54,13 +70,19 @@ def linformer_attention_bwd(
     F: Tensor,
     keys: Tensor,
     values: Tensor,
+    y: Tensor | None,
+    lse: Tensor,
     padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, E and F, contiguous, in the dtype of q."""
+    """Gradients of q, k, v, E and F, contiguous, in the dtype of q. y: needed if lse is not empty."""
     from zoo.ops.linformer_attention.kernels.backward import attend_backward
+    from zoo.ops.linformer_attention.kernels.held import attend_held_backward
 
     spans = None if padding_mask is None else real_spans(padding_mask)
-    dq, dkeys, dvalues = attend_backward(dy, q, keys, values, spans)
+    if y is not None and lse.numel():
+        dq, dkeys, dvalues = attend_held_backward(dy, q, y, keys, values, lse, spans)
+    else:
+        dq, dkeys, dvalues = attend_backward(dy, q, keys, values, spans)
     aligned = None if padding_mask is None else RealFirst(padding_mask)
     if aligned is not None:
         k, v = aligned.turn(k), aligned.turn(v)
@@ -80,6 +102,8 @@ def _bwd_fake(
     F: Tensor,
     keys: Tensor,
     values: Tensor,
+    y: Tensor | None,
+    lse: Tensor,
     padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
@@ -89,6 +113,19 @@ def _bwd_fake(
         E.new_empty(E.shape),
         F.new_empty(F.shape),
     )
+
+
+def shortened(matrix: Tensor, x: Tensor, spans: Tensor | None) -> Tensor:
+    """matrix [R,T] or [G,R,T], x [B,T,G,P] -> [B,R,G,P], contiguous. spans: as in `kernels.project`.
+
+    One matrix for all heads and rows is one large product; the kernel is for rows that start and end elsewhere, and for
+    matrices of each head, for which torch would transpose x in memory.
+    """
+    if spans is None and matrix.dim() == 2:
+        return chunked.project(matrix, x)
+    from zoo.ops.linformer_attention.kernels.project import project
+
+    return project(matrix, x, spans)
 
 
 def spread(matrix: Tensor, gradient: Tensor) -> Tensor:
@@ -108,15 +145,16 @@ def outer(gradient: Tensor, x: Tensor, axes: int) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, E, F, padding_mask = inputs
-    _, keys, values = output
-    ctx.mark_non_differentiable(keys, values)
-    ctx.save_for_backward(q, k, v, E, F, keys, values, padding_mask)
+    q, k, v, E, F, padding_mask, _ = inputs
+    y, keys, values, lse = output
+    ctx.mark_non_differentiable(keys, values, lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, E, F, keys, values, y if lse.numel() else None, lse, padding_mask)
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.zoo.linformer_attention_bwd(dy, *ctx.saved_tensors)
-    return *gradients, None
+    return *gradients, None, None
 
 
 linformer_attention_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -9,36 +9,48 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.ops.custom import flop_formula, refuse_higher_order
 
+ALIGNED = 8  # hidden units in memory are a multiple of it with b2: tensor cores of cuBLAS want 16 bytes
+
 
 def token_mlp_triton(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, tanh: bool) -> Tensor:
     """x [B,T,D], w1 [E,T], w2 [T,E], all in one dtype -> y [B,T,D]; x is not empty."""
-    y: Tensor = torch.ops.zoo.token_mlp_fwd(x, w1, b1, w2, b2, tanh)[0]
+    trains = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (x, w1, b1, w2, b2))
+    y: Tensor = torch.ops.zoo.token_mlp_fwd(x, w1, b1, w2, b2, tanh, trains)[0]
     return y
 
 
 @torch.library.custom_op("zoo::token_mlp_fwd", mutates_args=())
 def token_mlp_fwd(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, tanh: bool
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, tanh: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """y [B,T,D], and w1 x [B,E,D], both contiguous in the dtype of x."""
+    """y [B,T,D], and w1 x [B,E,D] (empty without `keep`: the backward computes it again); contiguous, like x.
+
+    b2 is one more column of w2 that meets a row of ones: to add it to a result, bmm would copy it there before.
+    """
     from zoo.ops.token_mlp.kernels.activation import bias_gelu
 
-    before = _times(w1, x)
-    hidden = bias_gelu(before, b1, tanh)
-    if b2 is None:
-        return _times(w2, hidden), before
-    return torch.baddbmm(b2[:, None], w2.expand(x.shape[0], -1, -1), hidden), before
+    (batch, _, channels), units = x.shape, w1.shape[0]
+    padded = units if b2 is None else units + ALIGNED - units % ALIGNED
+    hidden = x.new_empty(batch, padded, channels)
+    before = x.new_empty(batch, units, channels) if keep else hidden[:, :units]
+    torch.bmm(w1.expand(batch, -1, -1), x, out=before)
+    bias_gelu(before, b1, hidden, tanh)
+    if b2 is not None:
+        w2 = F.pad(w2, (0, padded - units))
+        w2[:, units] = b2
+    return _times(w2, hidden), before if keep else x.new_empty(0)
 
 
 @token_mlp_fwd.register_fake
 def _fwd_fake(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, tanh: bool
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, tanh: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], w1.shape[0], x.shape[2])
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], w1.shape[0], x.shape[2]) if keep else (0,))
 
 
 @torch.library.custom_op("zoo::token_mlp_bwd", mutates_args=())
@@ -48,11 +60,13 @@ def token_mlp_bwd(
     """Gradients of x, w1, b1 ([0] if it did not come) and w2, contiguous, in the dtype of x."""
     from zoo.ops.token_mlp.kernels.activation import bias_gelu_backward
 
-    hidden, dbefore, db1 = bias_gelu_backward(_times(w2.mT, dy), before, b1, tanh)
+    before = before if before.numel() else _times(w1, x)
+    gradient = _times(w2.mT, dy)
+    hidden, db1 = bias_gelu_backward(gradient, before, b1, tanh)
     dw2 = torch.bmm(dy, hidden.mT).sum(0)
     del hidden
-    dw1 = torch.bmm(dbefore, x.mT).sum(0)
-    return _times(w1.mT, dbefore), dw1, x.new_empty(0) if b1 is None else db1.to(b1.dtype), dw2
+    dw1 = torch.bmm(gradient, x.mT).sum(0)
+    return _times(w1.mT, gradient), dw1, x.new_empty(0) if b1 is None else db1.to(b1.dtype), dw2
 
 
 @token_mlp_bwd.register_fake
@@ -69,17 +83,18 @@ def _times(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w1, b1, w2, b2, ctx.tanh = inputs
+    x, w1, b1, w2, b2, ctx.tanh, _ = inputs
     ctx.has_b2 = b2 is not None
     _, before = output
     ctx.mark_non_differentiable(before)
+    ctx.set_materialize_grads(False)  # of `before`, zeros as large as it
     ctx.save_for_backward(x, w1, b1, w2, before)
 
 
 def _backward(ctx: Any, dy: Tensor, dbefore: Tensor | None) -> tuple[Tensor | None, ...]:
     x, w1, b1, w2, before = ctx.saved_tensors
     dx, dw1, db1, dw2 = torch.ops.zoo.token_mlp_bwd(dy, x, w1, b1, w2, before, ctx.tanh)
-    return dx, dw1, None if b1 is None else db1, dw2, dy.sum((0, 2)) if ctx.has_b2 else None, None
+    return dx, dw1, None if b1 is None else db1, dw2, dy.sum((0, 2)) if ctx.has_b2 else None, None, None
 
 
 token_mlp_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -8,25 +8,23 @@ split over programs and added up afterwards. No atomics.
 
 from __future__ import annotations
 
-import math
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.kernels.primitives import add_product, dot
+from zoo.ops.kernels.launcher import launched
+from zoo.ops.kernels.primitives import add_product, dot, power
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.kernels.widths import cut_width
 from zoo.ops.linformer_attention.kernels.tiles import attend_tiles, gather_tiles, split_length
 from zoo.ops.softmax_attention.kernels.tiles import wide_rows
 
 
-@triton.jit
+@launched
 def _attend_bwd_queries(
     q_ptr, dy_ptr, keys_ptr, values_ptr, spans_ptr,  # shapes as in the forward; dy like q
-    dq_ptr, top_ptr, share_ptr, delta_ptr,  # -> [B,T,H,P]; [B,H,T] each: maximum of the logits, 1 / sum, delta
-    T, R, H, G, t_tiles, scale, scale_log2,
+    dq_ptr, top_ptr, share_ptr, delta_ptr,  # -> [B,T,H,P]; [B,H,T] each: maximum of q k, 1 / sum, delta
+    T, R, H, G, t_tiles, scale,
     q_stride_b, q_stride_t, q_stride_h, dy_stride_b, dy_stride_t, dy_stride_h,
     HEADS_PER_GROUP: tl.constexpr, P: tl.constexpr, HAS_SPANS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -51,10 +49,10 @@ def _attend_bwd_queries(
     held = in_r[:, None] & in_p[None, :]
     keys = tl.load(keys_ptr + row[:, None] + p[None, :], mask=held, other=0.0)  # [R,P]
     values = tl.load(values_ptr + row[:, None] + p[None, :], mask=held, other=0.0)
-    logits = tl.where(in_r[None, :], dot(q, tl.trans(keys)) * scale_log2, float("-inf"))
+    logits = tl.where(in_r[None, :], dot(q, tl.trans(keys)), float("-inf"))
     top = tl.max(logits, axis=1)
-    weights = tl.exp2(logits - top[:, None])  # [BLOCK_T, BLOCK_R]
-    share = 1.0 / tl.sum(weights, axis=1)
+    weights = power((logits - top[:, None]) * scale, q.dtype)  # [BLOCK_T, BLOCK_R]; scaled logits would be rounded more
+    share = tl.div_rn(1.0, tl.sum(weights, axis=1))
     weights = weights * share[:, None]
     dweights = dot(dy, tl.trans(values))
     delta = tl.sum(weights * dweights, axis=1)
@@ -68,11 +66,11 @@ def _attend_bwd_queries(
     tl.store(delta_ptr + stat_at, delta, mask=in_t)
 
 
-@triton.jit
+@launched
 def _attend_bwd_keys(
     q_ptr, dy_ptr, keys_ptr, values_ptr, top_ptr, share_ptr, delta_ptr, spans_ptr,
     dkeys_ptr, dvalues_ptr,  # -> [parts,B,R,G,P], float32
-    B, T, R, H, G, span, r_tiles, scale, scale_log2,
+    B, T, R, H, G, span, r_tiles, scale,
     q_stride_b, q_stride_t, q_stride_h, dy_stride_b, dy_stride_t, dy_stride_h,
     HEADS_PER_GROUP: tl.constexpr, P: tl.constexpr, HAS_SPANS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -109,8 +107,8 @@ def _attend_bwd_keys(
             top = tl.load(top_ptr + stat_at + t, mask=in_t, other=0.0)
             share = tl.load(share_ptr + stat_at + t, mask=in_t, other=0.0)
             delta = tl.load(delta_ptr + stat_at + t, mask=in_t, other=0.0)
-            logits = dot(keys, tl.trans(q)) * scale_log2  # [BLOCK_R, BLOCK_T]
-            weights = tl.exp2(logits - top[None, :]) * share[None, :]
+            logits = dot(keys, tl.trans(q))  # [BLOCK_R, BLOCK_T]
+            weights = power((logits - top[None, :]) * scale, q.dtype) * share[None, :]
             dvalues, dvalues_lost = add_product(dvalues, dvalues_lost, weights.to(dy.dtype), dy)
             ds = weights * (dot(values, tl.trans(dy)) - delta[None, :])
             dkeys, dkeys_lost = add_product(dkeys, dkeys_lost, ds.to(q.dtype), q)
@@ -128,7 +126,7 @@ def attend_backward(
     batch, tokens, heads, width = q.shape
     rank, groups = keys.shape[1:3]
     scale = wanted**-0.5
-    scales, marks = (scale, scale * math.log2(math.e)), q if spans is None else spans
+    marks = q if spans is None else spans
     strides = (q.stride(0), q.stride(1), q.stride(2), dy.stride(0), dy.stride(1), dy.stride(2))
     options = {"HEADS_PER_GROUP": heads // groups, "P": width, "HAS_SPANS": spans is not None}
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -137,7 +135,7 @@ def attend_backward(
     t_tiles = cdiv(tokens, tiles["BLOCK_T"])
     _attend_bwd_queries[(batch * heads * t_tiles,)](
         q, dy, keys, values, marks, dq, *stats,
-        tokens, rank, heads, groups, t_tiles, *scales, *strides, **options, **tiles,
+        tokens, rank, heads, groups, t_tiles, scale, *strides, **options, **tiles,
     )  # fmt: skip
     tiles = gather_tiles(rank, width, q.element_size())
     r_tiles = cdiv(rank, tiles["BLOCK_R"])
@@ -146,7 +144,7 @@ def attend_backward(
     partial = torch.empty((2, parts, *keys.shape), dtype=torch.float32, device=q.device)
     _attend_bwd_keys[(parts * programs,)](
         q, dy, keys, values, *stats, marks, partial[0], partial[1],
-        batch, tokens, rank, heads, groups, span, r_tiles, *scales, *strides, **options, **tiles,
+        batch, tokens, rank, heads, groups, span, r_tiles, scale, *strides, **options, **tiles,
     )  # fmt: skip
     dkeys, dvalues = (partial[:, 0] if parts == 1 else partial.sum(1)).to(q.dtype).unbind(0)
     return cut_width(dq, wanted), cut_width(dkeys, wanted), cut_width(dvalues, wanted)

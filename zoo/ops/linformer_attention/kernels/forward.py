@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.kernels.primitives import dot
+from zoo.ops.kernels.launcher import launched
+from zoo.ops.kernels.primitives import dot, power
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.kernels.widths import cut_width
 from zoo.ops.linformer_attention.kernels.tiles import attend_tiles
 from zoo.ops.softmax_attention.kernels.tiles import wide_rows
 
 
-@triton.jit
+@launched
 def _attend_fwd(
     q_ptr, keys_ptr, values_ptr, spans_ptr,  # [B,T,H,P] [B,R,G,P] [B,R,G,P] [B,2]
     y_ptr,  # -> [B,T,H,P]
-    T, R, H, G, t_tiles, scale_log2, q_stride_b, q_stride_t, q_stride_h,
+    T, R, H, G, t_tiles, scale, q_stride_b, q_stride_t, q_stride_h,
     HEADS_PER_GROUP: tl.constexpr, P: tl.constexpr, HAS_SPANS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -41,8 +39,8 @@ def _attend_fwd(
     row = ((b * R + r) * G + group) * P
     keys = tl.load(keys_ptr + row[None, :] + p[:, None], mask=in_r[None, :] & in_p[:, None], other=0.0)  # [P,R]
     values = tl.load(values_ptr + row[:, None] + p[None, :], mask=in_r[:, None] & in_p[None, :], other=0.0)  # [R,P]
-    logits = tl.where(in_r[None, :], dot(q, keys) * scale_log2, float("-inf"))  # [BLOCK_T, BLOCK_R]
-    weights = tl.exp2(logits - tl.max(logits, axis=1)[:, None])
+    logits = tl.where(in_r[None, :], dot(q, keys), float("-inf"))  # [BLOCK_T, BLOCK_R]
+    weights = power((logits - tl.max(logits, axis=1)[:, None]) * scale, q.dtype)  # scaled logits would be rounded more
     y = dot(weights.to(values.dtype), values) / tl.sum(weights, axis=1)[:, None]
     y = tl.where(real[:, None], y, 0.0)
     y_at = y_ptr + ((b * T + t) * H + head)[:, None] * P + p[None, :]
@@ -63,7 +61,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor | None) -> Ten
     t_tiles = cdiv(tokens, tiles["BLOCK_T"])
     _attend_fwd[(batch * heads * t_tiles,)](
         q, keys, values, q if spans is None else spans, y,
-        tokens, rank, heads, groups, t_tiles, wanted**-0.5 * math.log2(math.e),
+        tokens, rank, heads, groups, t_tiles, wanted**-0.5,
         q.stride(0), q.stride(1), q.stride(2),
         HEADS_PER_GROUP=heads // groups, P=width, HAS_SPANS=spans is not None, **tiles,
     )  # fmt: skip

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import add_product
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.kernels.widths import cut_width
@@ -14,7 +14,7 @@ from zoo.ops.linformer_attention.kernels.tiles import project_tiles, split_lengt
 from zoo.ops.softmax_attention.kernels.tiles import wide_rows
 
 
-@triton.jit
+@launched
 def _project_part(
     matrix_ptr, x_ptr, spans_ptr, part_ptr,  # [units,R,T] [B,T,G,P] [B,2] -> [parts,B,R,G P], float32
     B, T, R, N, G, span, units, r_tiles, n_tiles,  # N: channels of a unit, all G P, or P if each head has a matrix

@@ -54,3 +54,35 @@ def gather_tiles(rank: int, width: int, element_size: int) -> dict[str, int]:
         "BLOCK_T": edge, "BLOCK_R": min(edge, power_of_two(rank)), "BLOCK_P": block_p,
         "num_warps": warps, "num_stages": 2,
     }  # fmt: skip
+
+
+MULTIPROCESSORS = 132
+HELD = 256 * 64  # elements of keys that a program keeps, beside values, and in the backward two gradients in registers
+# queries at a time, warps, stages, programs of a multiprocessor, shortest walk in tiles, parts the keys are met in
+FORWARD, BACKWARD = (64, 4, 2, 2, 16, 1), (32, 8, 2, 1, 16, 1)
+
+
+def holds(rank: int, width: int, element_size: int) -> bool:
+    """Whether the kernels that keep all keys of a head serve R=`rank` keys of P=`width` channels: half precision."""
+    return element_size == 2 and rank <= 256 and width <= 128 and power_of_two(rank) * power_of_two(width) <= HELD
+
+
+def held_tiles(
+    rank: int, width: int, tokens: int, programs: int, *, backward: bool
+) -> tuple[dict[str, int], tuple[int, int], int]:
+    """Tiles of those kernels, (BLOCK_R, BLOCK_P) again, and the queries of a program, whole tiles.
+
+    programs: heads of all rows (backward: groups). The forward is split into about four waves, at no cost but loading
+    the keys again; the backward only to fill the machine, since its parts are added up.
+    """
+    block_t, warps, stages, resident, shortest, halves = BACKWARD if backward else FORWARD
+    room = MULTIPROCESSORS * resident * (1 if backward else 4)
+    wanted = max(1, min(room // programs, tokens // (shortest * block_t)))
+    span = -(-tokens // (wanted * block_t)) * block_t
+    block_r, block_p = power_of_two(rank), power_of_two(width)
+    if backward and block_r * block_p <= HELD // 2:
+        warps, halves = 4 if block_r * block_p <= HELD // 4 else warps, 1
+    tiles = {"BLOCK_T": block_t, "BLOCK_R": block_r, "BLOCK_P": block_p, "num_warps": warps, "num_stages": stages}
+    if backward:
+        tiles["HALVES"] = halves
+    return tiles, (block_r, block_p), span
