@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo.ops.cauchy import flops as cauchy_flops
 from zoo.ops.in_place import may_overwrite
 from zoo.ops.long_convolution import flops as convolution_flops
-from zoo.ops.long_convolution.triton_path import LONGEST
+from zoo.ops.long_convolution.crossover import LONGEST
 from zoo.ops.state_space import state_space_scan
 
 from sequence_mixer import Cost, State

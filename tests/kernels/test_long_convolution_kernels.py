@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 from zoo.ops import long_convolution, record_dispatch
-from zoo.ops.long_convolution import triton_path
-from zoo.ops.long_convolution.kernels import dense_launch
+from zoo.ops.long_convolution import crossover, triton_path
+from zoo.ops.long_convolution.kernels import dense_launch, spectra
 
 from sequence_mixer.conformance.budget import judge
 from sequence_mixer.conformance.comparing import usual_error
@@ -74,7 +74,7 @@ def test_unpacked_rows_in_bfloat16_meet_the_definition(device: str, tokens: int,
     check(inputs(device, 3, tokens, taps=taps, ahead=ahead, gates=False), torch.bfloat16, reverse_lag=1)
 
 
-@pytest.mark.parametrize("blocks", [(64, 64, 128, 8, 4, 3), (128, 64, 64, 4, 8, 3), (64, 128, 64, 2, 8, 2)])
+@pytest.mark.parametrize("blocks", [(64, 64, 128, 8, 8, 4, 3), (128, 64, 64, 4, 8, 8, 3), (64, 128, 64, 2, 4, 8, 2)])
 @pytest.mark.parametrize("mirror", [False, True])
 def test_every_block_size_makes_the_same_product(device: str, blocks: tuple[int, ...], mirror: bool) -> None:
     torch.manual_seed(1)
@@ -87,19 +87,37 @@ def test_every_block_size_makes_the_same_product(device: str, blocks: tuple[int,
     assert float((y_t - exact).norm() / exact.norm()) < 8e-3  # the interpreter cuts bfloat16 off: twice the rounding
 
 
-@pytest.mark.parametrize("blocks", [(64, 64, 4, 3), (128, 32, 8, 2)])
+@pytest.mark.parametrize(
+    "blocks", [(64, 64, 8, 64, 4, 2, None), (64, 256, 8, 64, 8, 2, 128), (128, 256, 4, 32, 8, 2, None)]
+)
 @pytest.mark.parametrize(("taps", "ahead"), [(150, 60), (700, 0), (900, 500)])
 def test_every_block_size_makes_the_same_tap_gradient(
-    device: str, blocks: tuple[int, ...], taps: int, ahead: int
+    device: str, blocks: tuple[Any, ...], taps: int, ahead: int
 ) -> None:
     torch.manual_seed(1)
     u_t, dy_t = (torch.randn(2, 3, 200, device=device).bfloat16() for _ in range(2))
     found = dense_launch.tap_gradient(u_t, dy_t, taps, ahead, dense_launch.PairBlocks(*blocks))
-    lag = torch.arange(200, device=device).unsqueeze(1) - torch.arange(200, device=device) + ahead
+    exact = exact_tap_gradient(u_t, dy_t, taps, ahead)
+    assert float((found - exact).norm() / exact.norm()) < 1e-6
+    by_transforms = spectra.tap_gradient(u_t, dy_t, taps, ahead)
+    assert float((by_transforms - exact).norm() / exact.norm()) < 1e-6
+
+
+def exact_tap_gradient(u_t: Tensor, dy_t: Tensor, taps: int, ahead: int) -> Tensor:
+    """The gradient [D,taps] in float64 from u_t and dy_t [D,B,200]."""
+    step = torch.arange(200, device=u_t.device)
+    lag = step.unsqueeze(1) - step + ahead
     inside = (lag >= 0) & (lag < taps)
     pairs = torch.where(inside, dy_t.double().mT @ u_t.double(), 0.0).flatten(1)
-    exact = pairs.new_zeros(2, taps).index_add_(1, lag.clamp(0, taps - 1).flatten(), pairs)
-    assert float((found - exact).norm() / exact.norm()) < 1e-6
+    return pairs.new_zeros(2, taps).index_add_(1, lag.clamp(0, taps - 1).flatten(), pairs)
+
+
+@pytest.mark.parametrize(("tokens", "taps", "ahead"), [(33, 60, 9), (130, 20, 0)])
+def test_the_gradient_of_the_taps_may_come_by_transforms(
+    device: str, tokens: int, taps: int, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(crossover.GRADIENT_LONGEST, torch.bfloat16, 1)
+    check(inputs(device, 3, tokens, taps=taps, ahead=ahead), torch.bfloat16)
 
 
 @pytest.mark.parametrize(("taps", "ahead", "lag"), [(140, 0, 0), (100, 90, 1)])
@@ -109,8 +127,22 @@ def test_transforms_between_fused_gates_meet_the_definition(
 ) -> None:
     given = inputs(device, 2, 135, taps=taps, ahead=ahead, gates=gates)
     check(given, torch.float32, reverse_lag=lag)
-    monkeypatch.setitem(triton_path.LONGEST, torch.bfloat16, 16)
+    monkeypatch.setitem(crossover.LONGEST, torch.bfloat16, 16)
     check(given, torch.bfloat16, reverse_lag=lag)
+
+
+@pytest.mark.parametrize("n", [2, 6, 10, 64, 2560])
+def test_packed_transforms_convolve_in_a_circle(device: str, n: int) -> None:
+    torch.manual_seed(n)
+    u_n, dy_n = (torch.randn(2, 3, n, device=device) for _ in range(2))
+    taps_n = torch.randn(2, n, device=device)
+    y_n, u_f, taps_f = spectra.convolve(u_n, taps_n)
+    du_n, dtaps_n = spectra.gradients(dy_n, u_f, taps_f)
+    u, dy, taps = (torch.fft.fft(t.double()) for t in (u_n, dy_n, taps_n))
+    exact = (u * taps.unsqueeze(1), dy * taps.unsqueeze(1).conj(), (dy * u.conj()).sum(1))
+    for found, spectrum in zip((y_n, du_n, dtaps_n), exact, strict=True):
+        wanted = torch.fft.ifft(spectrum).real
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-6
 
 
 @pytest.mark.parametrize(("taps", "ahead", "tokens"), [(140, 0, 135), (100, 90, 135), (300, 0, 300)])
@@ -216,10 +248,16 @@ def test_the_custom_operators_keep_their_promises(device: str) -> None:
     u_t = torch.randn(2, 1, 9, device=device, requires_grad=True)
     taps = torch.randn(2, 4, device=device, requires_grad=True)
     ends = torch.tensor([0, 2, 9], device=device)
-    torch.library.opcheck(triton_path.long_convolution_in, (x, gate, True))
-    torch.library.opcheck(triton_path.long_convolution_out, (u_t, gate, torch.float32))
+    torch.library.opcheck(triton_path.long_convolution_in, (x, gate, True, 12))
+    torch.library.opcheck(triton_path.long_convolution_out, (u_t, gate, torch.float32, 9))
     torch.library.opcheck(
         triton_path.long_convolution_skip, (u_t.detach()[:, :, :4], u_t[:, :, :4].clone(), taps[:, 0])
+    )
+    rows = torch.randn(2, 1, 10, device=device, requires_grad=True)
+    taps_n = torch.randn(2, 10, device=device, requires_grad=True)
+    torch.library.opcheck(triton_path.long_convolution_circular, (rows, taps_n))
+    torch.library.opcheck(
+        triton_path.long_convolution_circular_backward, (rows.detach(), rows.detach() + 1, taps_n.detach())
     )
     torch.library.opcheck(triton_path.long_convolution_toeplitz, (u_t, taps, 1, ends))
     torch.library.opcheck(triton_path.long_convolution_plain, (x, taps, 1, ends))

@@ -15,9 +15,10 @@ from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend,
 from zoo.ops.long_convolution.call import Convolution
 from zoo.ops.long_convolution.chunked import convolve_chunked
 from zoo.ops.long_convolution.cost import flops
+from zoo.ops.long_convolution.crossover import PACKED_LONGEST
 from zoo.ops.long_convolution.fft import convolve_fft
 from zoo.ops.long_convolution.reference import convolve_reference
-from zoo.ops.long_convolution.triton_path import KERNEL_DTYPES, PACKED_LONGEST, convolve_triton, triton_refuses
+from zoo.ops.long_convolution.triton_path import KERNEL_DTYPES, convolve_triton, triton_refuses
 
 __all__ = ["flops", "long_convolution"]
 

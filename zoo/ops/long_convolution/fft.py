@@ -41,12 +41,17 @@ def circular(u: Tensor, kernel: Tensor, ahead: Tensor | None, reverse_lag: int) 
 
 def spectrum(kernel: Tensor, ahead: Tensor | None, reverse_lag: int, n: int) -> Tensor:
     """Spectrum [n/2+1,D] of taps [D,K] at lags 0, 1, ... and of taps ahead [D,K'] at lags -reverse_lag, ..."""
+    spectra: Tensor = torch.fft.rfft(circular_taps(kernel, ahead, reverse_lag, n), n, 1)
+    return spectra.t()
+
+
+def circular_taps(kernel: Tensor, ahead: Tensor | None, reverse_lag: int, n: int) -> Tensor:
+    """Taps [D,n] of a circular convolution: `kernel` [D,K] from lag 0 on, `ahead` [D,K'] from lag -reverse_lag back."""
     taps = F.pad(kernel, (0, n - kernel.shape[1]))
     if ahead is not None:
         around = F.pad(ahead, (reverse_lag, n - ahead.shape[1] - reverse_lag))  # at its distance ahead
         taps = taps + around.flip(1).roll(1, 1)  # at n - distance, and distance 0 at 0
-    spectra: Tensor = torch.fft.rfft(taps, n, 1)
-    return spectra.t()
+    return taps
 
 
 def packed(u: Tensor, call: Convolution, cu_seqlens: Tensor) -> Tensor:

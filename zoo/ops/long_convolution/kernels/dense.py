@@ -10,7 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.ops.kernels.diagonals import diagonal_sums
 from zoo.ops.kernels.primitives import dot
 
 
@@ -37,13 +36,16 @@ def copies_kernel(
     tl.store(at, value.to(out_ptr.dtype.element_ty), mask=(place < length)[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "rows", "first", "last"])
+@triton.jit(do_not_specialize=["B", "rows", "first", "last", "nothing"])
 def dense_kernel(
     u_ptr, copies_ptr, y_ptr,  # [D,B,T], [D,COPIES,length], [D,B,T]
-    T, B, rows, length, first, last,
-    COPIES: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+    T, B, rows, length, first, last, nothing,
+    COPIES: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program owns ROWS of the rows (chunk, sequence) of CHUNK tokens of one channel, chunk by chunk.
+
+    Vectors of 16 bytes come from L2, those of 8 (COPIES or VECTOR = 4) through L1, where tiles that overlap share
+    what they read. `nothing` is 0: times VECTOR it keeps the compiler from reading u in longer vectors.
 
     y[row, i] = sum over s = first .. last of u[STEP tokens from STEP s before the row] times the tile at lag STEP s.
     """
@@ -53,6 +55,7 @@ def dense_kernel(
     row = begin + tl.arange(0, ROWS)
     start = row // B * CHUNK
     here = row % B * T + start
+    from_here = here + nothing * VECTOR
     i = tl.arange(0, CHUNK)
     j = tl.arange(0, STEP)
     u_ptr += channel * B * T
@@ -67,63 +70,8 @@ def dense_kernel(
         inside = (start - shift * STEP >= 0)[:, None] & (t < T) & (row < rows)[:, None]
         if CHUNK % STEP != 0:
             inside = (t >= 0) & (t < T) & (row < rows)[:, None]
-        u = tl.load(u_ptr + here[:, None] - shift * STEP + j[None, :], mask=inside, other=0.0)  # [ROWS, STEP]
+        u = tl.load(u_ptr + from_here[:, None] - shift * STEP + j[None, :], mask=inside, other=0.0)  # [ROWS, STEP]
         tile = tl.load(copies_ptr + tile_at[:, None] + (shift - first) * STEP + i[None, :])  # [STEP, CHUNK]
         y = dot(u, tile, y)
     kept = (start[:, None] + i[None, :] < T) & (row < rows)[:, None]
     tl.store(y_ptr + channel * B * T + here[:, None] + i[None, :], y.to(y_ptr.dtype.element_ty), mask=kept)
-
-
-@triton.jit(do_not_specialize=["B", "D", "first"])
-def dense_gradient_kernel(
-    u_ptr, dy_ptr, sums_ptr,  # [D,B,T], [D,B,T]; [apart,2,D,CHUNK] float32
-    T, B, D, first,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """One program owns the pairs of chunks `first` + its number apart, of one channel, over all sequences.
-
-    Sums dy_i u_j by lag: [0] lags apart CHUNK + e, [1] lags (apart - 1) CHUNK + e, for e = 0 .. CHUNK - 1.
-    """
-    apart = tl.num_programs(0) // D
-    channel = (tl.program_id(0) // apart).to(tl.int64)
-    number = tl.program_id(0) % apart
-    shift = first + number
-    chunks = (T + CHUNK - 1) // CHUNK
-    row = tl.arange(0, ROWS)
-    step = tl.arange(0, CHUNK)
-    u_ptr += channel * B * T
-    dy_ptr += channel * B * T
-    low = tl.maximum(shift, 0) * B  # rows (chunk, sequence) that have a partner
-    high = tl.minimum(chunks, chunks + shift) * B
-    pairs = tl.zeros([CHUNK, CHUNK], tl.float32)  # [i, j]
-    for begin in range(low, high, ROWS):
-        start = (begin + row) // B * CHUNK
-        here = (begin + row) % B * T + start
-        real = (begin + row < high)[:, None]
-        t = start[:, None] + step[None, :]
-        dy = tl.load(dy_ptr + here[:, None] + step[None, :], mask=real & (t < T), other=0.0)  # [ROWS, CHUNK]
-        back = shift * CHUNK
-        u = tl.load(u_ptr + here[:, None] - back + step[None, :], mask=real & (t - back < T), other=0.0)
-        pairs = dot(tl.trans(dy), u, pairs)
-    same, earlier = diagonal_sums(pairs, CHUNK)
-    at = sums_ptr + (number.to(tl.int64) * 2 * D + channel) * CHUNK + step
-    tl.store(at, same)
-    tl.store(at + D * CHUNK, earlier)
-
-
-@triton.jit(do_not_specialize=["taps", "D", "apart", "begin"])
-def join_kernel(
-    sums_ptr, out_ptr,  # [apart,2,D,CHUNK] float32, [D,W] float32
-    taps, D, apart, begin,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out[d,w]: both sums of the lag that lies w + begin after the first lag of sums[0,1]."""
-    across = (taps + BLOCK - 1) // BLOCK
-    channel = (tl.program_id(0) // across).to(tl.int64)
-    w = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
-    number = (w + begin) // CHUNK
-    at = channel * CHUNK + (w + begin) % CHUNK
-    real = (w < taps) & (w + begin >= 0) & (number <= apart)
-    later = tl.load(sums_ptr + (number.to(tl.int64) * 2 + 1) * D * CHUNK + at, mask=real & (number < apart), other=0.0)
-    same = tl.load(sums_ptr + (number.to(tl.int64) - 1) * 2 * D * CHUNK + at, mask=real & (number > 0), other=0.0)
-    tl.store(out_ptr + channel * taps + w, later + same, mask=w < taps)

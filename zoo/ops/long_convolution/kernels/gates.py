@@ -27,18 +27,19 @@ def _place(T, B, D: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B"])
 def time_last_kernel(
-    x_ptr, gate_ptr, out_ptr,  # [B,T,D] by strides, twice; [D,B,T] contiguous
-    T, B, x_stride_b, x_stride_t, gate_stride_b, gate_stride_t,
+    x_ptr, gate_ptr, out_ptr,  # [B,T,D] by strides, twice; [D,B,length] contiguous
+    T, length, B, x_stride_b, x_stride_t, gate_stride_b, gate_stride_t,
     D: tl.constexpr, HAS_GATE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program owns TILE tokens of TILE channels: out[d,b,t] = x[b,t,d] gate[b,t,d]."""
-    b, t, d = _place(T, B, D, TILE)
+    """One program owns TILE tokens of TILE channels: out[d,b,t] = x[b,t,d] gate[b,t,d], 0 beyond T."""
+    b, t, d = _place(length, B, D, TILE)
     mask = (t < T)[:, None] & (d < D)[None, :]
     value = tl.load(x_ptr + b * x_stride_b + t[:, None] * x_stride_t + d[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_GATE:
         gate = tl.load(gate_ptr + b * gate_stride_b + t[:, None] * gate_stride_t + d[None, :], mask=mask, other=0.0)
         value *= gate.to(tl.float32)
-    tl.store(out_ptr + (d[None, :] * B + b) * T + t[:, None], value.to(out_ptr.dtype.element_ty), mask=mask)
+    kept = (t < length)[:, None] & (d < D)[None, :]
+    tl.store(out_ptr + (d[None, :] * B + b) * length + t[:, None], value.to(out_ptr.dtype.element_ty), mask=kept)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -64,15 +65,17 @@ def time_first_kernel(
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def time_last(x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x [B,T,D], times gate [B,T,D] if there is one, as [D,B,T] in `dtype`."""
+def time_last(x: Tensor, gate: Tensor | None, dtype: torch.dtype, length: int | None = None) -> Tensor:
+    """x [B,T,D], times gate [B,T,D] if there is one, as [D,B,T] in `dtype`; with zeros after it, as [D,B,length]."""
     B, T, D = x.shape
-    out = torch.empty((D, B, T), dtype=dtype, device=x.device)
+    length = length or T
+    out = torch.empty((D, B, length), dtype=dtype, device=x.device)
     x, gate = _channels_last(x), None if gate is None else _channels_last(gate)
     with on_device(x):
-        time_last_kernel[_grid(B, T, D)](
-            x, gate, out, T, B, *_steps(x), *_steps(gate), D=D, HAS_GATE=gate is not None, TILE=TILE, num_warps=8
-        )
+        time_last_kernel[_grid(B, length, D)](
+            x, gate, out, T, length, B, *_steps(x), *_steps(gate),
+            D=D, HAS_GATE=gate is not None, TILE=TILE, num_warps=8,
+        )  # fmt: skip
     return out
 
 

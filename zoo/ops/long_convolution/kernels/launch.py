@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from zoo.ops.kernels.rows import cdiv
-from zoo.ops.long_convolution.kernels import dense_launch
+from zoo.ops.long_convolution.crossover import GRADIENT_LONGEST
+from zoo.ops.long_convolution.kernels import dense_launch, spectra
 from zoo.ops.long_convolution.kernels.toeplitz import tap_gradient_kernel, toeplitz_kernel
 from zoo.ops.semiseparable.kernels.launch import OPERANDS, on_device
 
@@ -58,6 +59,8 @@ def toeplitz(u_t: Tensor, taps: Tensor, ahead: int, cu_seqlens: Tensor | None, *
 
 def tap_gradient(u_t: Tensor, dy_t: Tensor, taps: int, ahead: int, cu_seqlens: Tensor | None) -> Tensor:
     """Gradient of the W = `taps` taps, [D,W] float32."""
+    if cu_seqlens is None and taps > GRADIENT_LONGEST[u_t.dtype]:
+        return spectra.tap_gradient(u_t, dy_t, taps, ahead)
     if dense_launch.serves(u_t, taps, cu_seqlens):
         return dense_launch.tap_gradient(u_t, dy_t, taps, ahead)
     options = blocks(u_t)
