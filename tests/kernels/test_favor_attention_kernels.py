@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ENDS = [0, 0, 5, 6, 6, 40, 41]
+WIDE: dict[str, int] = {"width": 64, "channels": 64, "rows": 70}  # what the bfloat16 kernels serve
 
 
 def inputs(
@@ -122,20 +123,48 @@ def test_half_precision_stays_within_budget(name: str, dtype: torch.dtype, devic
     check(inputs(device, **sizes, **options), dtype, **options)
 
 
-@pytest.mark.parametrize("name", ["one-token", "chunk-and-one", "hyperbolic", "padded", "packed", "packed-relu"])
-def test_the_bfloat16_walks_stay_within_budget(name: str, device: str) -> None:
+@pytest.fixture(params=["float32", "walk", "border"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The dtype that leads to the kernels in float32, or in bfloat16 to the one or the other scheme."""
+    from zoo.ops.favor_attention.kernels import walk_launch
+
+    if request.param == "float32":
+        return torch.float32
+    assert walk_launch.serves(WIDE["width"], WIDE["channels"], WIDE["rows"], torch.bfloat16)
+    monkeypatch.setitem(walk_launch.TABLE, "scheme", request.param)
+    return torch.bfloat16
+
+
+HALF = pytest.mark.parametrize("kernels", ["walk", "border"], indirect=True)
+
+
+@HALF
+@pytest.mark.parametrize("name", ["chunk-and-one", "hyperbolic", "padded", "packed", "packed-relu"])
+def test_the_bfloat16_kernels_of_wide_heads_stay_within_budget(name: str, kernels: torch.dtype, device: str) -> None:
     sizes, options = CASES[name]
-    check(inputs(device, **sizes, **options), torch.bfloat16, **options)
+    check(inputs(device, **sizes | WIDE, **options), kernels, **options)
 
 
-@pytest.mark.parametrize("weights", ["single", "half", "split"])
+@HALF
+@pytest.mark.parametrize("weights", ["single", "half"])
 def test_every_form_of_the_weights_stays_within_budget(
-    weights: str, device: str, monkeypatch: pytest.MonkeyPatch
+    weights: str, kernels: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from zoo.ops.favor_attention.kernels import walk_launch
 
     monkeypatch.setitem(walk_launch.TABLE, "weights", weights)
-    check(inputs(device, 70, batch=1, heads=2, groups=1, state=True), torch.bfloat16)
+    check(inputs(device, 66, batch=1, heads=1, groups=1, state=True, **WIDE), kernels)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_inputs_that_are_no_numbers_end(kernels: torch.dtype, bad: float, device: str) -> None:
+    given = inputs(device, 40, batch=1, heads=1, groups=1, **WIDE)
+    given = {n: x.to(kernels) if n in "qkv" else x for n, x in given.items()}
+    clean = favor_attention(**given, backend="triton")[0]
+    given["k"][0, 21] = bad
+    y = favor_attention(**given, backend="triton")[0]
+    assert torch.equal(y[:, :21], clean[:, :21])
+    assert not bool(y[:, 21:].isfinite().all())
 
 
 @pytest.mark.gpu
@@ -164,10 +193,10 @@ def test_every_width_stays_within_budget_on_a_gpu(dtype: torch.dtype, width: int
             check(inputs(device, 300, state=options is not WHOLE, **sizes, **options), dtype, **options)
 
 
-def outgrowing(device: str, tokens: int) -> dict[str, Tensor]:
+def outgrowing(device: str, tokens: int, **sizes: int) -> dict[str, Tensor]:
     """Keys whose norms shrink, so that features grow by about e^30 from one to the next."""
-    given = inputs(device, tokens, batch=1, heads=1, groups=1)
-    norms = (60.0 * torch.arange(tokens, 0, -1, device=device)).sqrt() * 16**0.25
+    given = inputs(device, tokens, batch=1, heads=1, groups=1, **sizes)
+    norms = (60.0 * torch.arange(tokens, 0, -1, device=device)).sqrt() * sizes.get("width", 16) ** 0.25
     given["k"] = torch.nn.functional.normalize(given["k"], dim=-1) * norms[None, :, None, None]
     return given
 
@@ -185,8 +214,11 @@ def test_keys_that_outgrow_all_earlier_ones_neither_overflow_nor_lose_digits(dev
     assert all(bool(value.isfinite().all()) for value in ours.values())
 
 
-def test_bfloat16_keys_that_outgrow_all_earlier_ones_close_runs_and_lose_nothing(device: str) -> None:
-    given = {n: x.bfloat16() if n in "qkv" else x for n, x in outgrowing(device, 40).items()}
+@HALF
+def test_bfloat16_keys_that_outgrow_all_earlier_ones_close_runs_and_lose_nothing(
+    kernels: torch.dtype, device: str
+) -> None:
+    given = {n: x.to(kernels) if n in "qkv" else x for n, x in outgrowing(device, 12, **WIDE).items()}
     exact = run({name: value.double() for name, value in given.items()}, "reference")
     plain, ours = run(given, "chunked"), run(given, "triton")
     for name in ("y", "v"):
@@ -195,16 +227,15 @@ def test_bfloat16_keys_that_outgrow_all_earlier_ones_close_runs_and_lose_nothing
     assert all(bool(value.isfinite().all()) for value in ours.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_future_tokens_change_no_bit_of_past_outputs(scale: float, dtype: torch.dtype, device: str) -> None:
-    given = inputs(device, 40, batch=1, heads=1, groups=1)
+def test_future_tokens_change_no_bit_of_past_outputs(scale: float, kernels: torch.dtype, device: str) -> None:
+    given = inputs(device, 40, batch=1, heads=1, groups=1, **WIDE)
     changed = {name: value.clone() for name, value in given.items()}
     for name in "qkv":
         changed[name][:, 21:] = scale * torch.randn_like(changed[name][:, 21:])
     changed["k"][:, 23] = 0.0  # outgrows keys of large norm
     found = [
-        favor_attention(**{n: x.to(dtype) if n in "qkv" else x for n, x in each.items()}, backend="triton")[0]
+        favor_attention(**{n: x.to(kernels) if n in "qkv" else x for n, x in each.items()}, backend="triton")[0]
         for each in (given, changed)
     ]
     assert torch.equal(found[0][:, :21], found[1][:, :21])

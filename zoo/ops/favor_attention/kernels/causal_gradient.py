@@ -28,18 +28,19 @@ def causal_gradient_kernel(
     log_total_ptr, delta_ptr,  # [BT,H] float32: logarithms of the queries' sums of weights; <dy, y>
     first_ptr, last_ptr,  # [S,H,M,P+2] float32, contiguous
     starts_ptr, ends_ptr,  # int64 [S], spans of tokens
-    grad_ptr,  # [slices,BT,H,N]
+    grad_ptr,  # [slices,BT,H,N], [slices,BT,H] if BALANCE
     tokens, half_scale, feature_eps,
     reader_stride_t, reader_stride_h, writer_stride_t, writer_stride_h,
     beside_stride_t, beside_stride_h, payload_stride_t, payload_stride_h,
     H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr, J_READER: tl.constexpr, J_WRITER: tl.constexpr,
-    RELU: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, SPLIT: tl.constexpr,
+    RELU: tl.constexpr, REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, SPLIT: tl.constexpr, BALANCE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M features of one (sequence, head) and walks its tokens with their state.
 
     The gradient of a reader's logarithm i, r is exp(reader_ir) sum_j exp(writer_jr) (<dy, v> - delta), over queries of
     keys or keys of queries. `beside` is what stands at the reader (dy or v), `payload` at the writer (v or dy).
+    BALANCE: its sum over the features of the program alone.
     """
     sequence = (tl.program_id(0) // H).to(tl.int64)
     head = (tl.program_id(0) % H).to(tl.int64)
@@ -88,12 +89,16 @@ def causal_gradient_kernel(
         pairs = tl.where(step[:, None] >= step[None, :], pairs, 0.0)
         felt = product(beside, sums, OPERAND) - weight[:, None] * total[None, :]
         felt = (felt + product(pairs, features, OPERAND)) * slope  # [CHUNK, BLOCK_M], gradient of <w, x'>
-        grad = product(felt, load_projection(hi_ptr, m, n, in_m, in_n, N), OPERAND)  # [CHUNK, BLOCK_N]
-        if REVERSE and not RELU:
-            grad -= read.to(tl.float32) * (tl.sum(felt, axis=1) * (2.0 * half_scale))[:, None]
         admitted = in_seq & (step < count)
-        grad_at = ((slice_at + t) * H + head)[:, None] * N + n[None, :]
-        tl.store(grad_ptr + grad_at, grad.to(grad_ptr.dtype.element_ty), mask=admitted[:, None] & in_n[None, :])
+        grad_at = (slice_at + t) * H + head
+        if BALANCE:
+            tl.store(grad_ptr + grad_at, tl.sum(felt, axis=1), mask=admitted)
+        else:
+            grad = product(felt, load_projection(hi_ptr, m, n, in_m, in_n, N), OPERAND)  # [CHUNK, BLOCK_N]
+            if REVERSE and not RELU:
+                grad -= read.to(tl.float32) * (tl.sum(felt, axis=1) * (2.0 * half_scale))[:, None]
+            grad_at = grad_at[:, None] * N + n[None, :]
+            tl.store(grad_ptr + grad_at, grad.to(grad_ptr.dtype.element_ty), mask=admitted[:, None] & in_n[None, :])
         sums += product(payload, features, OPERAND)
         total += tl.sum(features * mass[:, None], axis=0)
         if not RELU:

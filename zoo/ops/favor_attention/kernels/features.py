@@ -107,7 +107,7 @@ def write(
         log = tl.where(present, dash - below, float("-inf"))
         scale = tl.maximum(top, tl.sum(tl.where(along == 0, log, 0.0), axis=AXIS))
         excess = tl.max(log - tl.expand_dims(scale, AXIS), axis=1 - AXIS)  # [CHUNK]
-        count = tl.min(tl.where(excess > LIMIT, step, CHUNK), axis=0)
+        count = tl.maximum(tl.min(tl.where(excess > LIMIT, step, CHUNK), axis=0), 1)  # 0 for what is no number
         log = tl.where(along < count, log, float("-inf"))
         features = exp(log - tl.expand_dims(scale, AXIS))
         leaving = tl.maximum(scale, tl.max(log, axis=AXIS))

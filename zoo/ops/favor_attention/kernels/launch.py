@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.favor_attention.kernels.border_launch import gradient_borders, read_borders, slots_of, sweep
 from zoo.ops.favor_attention.kernels.causal_gradient import causal_gradient_kernel
 from zoo.ops.favor_attention.kernels.causal_read import causal_read_kernel
 from zoo.ops.favor_attention.kernels.rows import combine_kernel, delta_kernel
-from zoo.ops.favor_attention.kernels.walk_launch import gradient_walk, read_walk, serves, walk_of
+from zoo.ops.favor_attention.kernels.walk_launch import Walk, gradient_walk, read_walk, serves, walk_of
 from zoo.ops.favor_attention.kernels.whole import whole_gradient_kernel, whole_read_kernel, whole_sum_kernel
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.semiseparable.kernels.launch import OPERANDS, contiguous, flat, on_device, strides
@@ -101,9 +102,14 @@ def forward(
     log_total = torch.empty(q.shape[:3], dtype=torch.float32, device=v.device)
     state = empty_like_state(call, v.device)
     with on_device(v):
-        if causal and serves(q.shape[3], v.shape[3], v.dtype):
+        if causal and serves(q.shape[3], v.shape[3], projection.shape[0], v.dtype):
             walk = walk_of(k, projection, spans[0], spans[1], call.heads, v.shape[3], relu, feature_eps)
-            read_walk(walk, q, k, v, None, contiguous(initial_state), state, y, log_total)
+            if walk.table["scheme"] == "walk":
+                read_walk(walk, q, k, v, None, contiguous(initial_state), state, y, log_total)
+            else:
+                slots = slots_of(walk, y.shape[1], packed=packed)
+                borders = sweep(walk, slots, k, v, None, None, contiguous(initial_state), state)
+                read_borders(walk, slots, borders, q, k, v, None, y, log_total)
         elif causal:
             causal_read(call, q, k, v, None, contiguous(initial_state), state, y, log_total)
         else:
@@ -121,6 +127,10 @@ def backward(
 
     Features and states are computed anew. Slices of features add to their gradients in scratch memory, in a fixed
     order, so that gradients are the same in every run.
+
+    The mean of <dy, v_j> - delta under a query's weights is -dlog, so that an error of delta that the tiles of the
+    gradient do not share is left over where a few keys have all the weight: in float32 what is left over is measured
+    first, in a pass of its own, and goes to delta.
     """
     call = call_of(q, v, projection, spans, packed, relu, causal, feature_eps)
     dy, q, k, v = dy.to(v.dtype).contiguous(), flat(q), flat(k), flat(v)
@@ -128,21 +138,27 @@ def backward(
     delta = torch.empty_like(log_total)
     first = torch.cat([dfinal[..., :-2], -dfinal[..., -2:-1], -final_state[..., -1:]], -1).contiguous()
     last = empty_like_state(call, v.device)
+    balanced = v.dtype == torch.float32 and not relu  # the slopes of ReLU features are no weights
     rows, channels, block_p = delta.numel(), v.shape[3], call.constants["BLOCK_P"]
     with on_device(v):
         delta_kernel[(cdiv(rows, ROWS),)](
             dy, y.contiguous(), dlog.contiguous(), delta, rows, P=channels, ROWS=ROWS, BLOCK_P=block_p
         )
-        if causal and serves(q.shape[3], channels, v.dtype):
+        if causal and serves(q.shape[3], channels, call.constants["M"], v.dtype):
             walk = walk_of(k, projection, spans[0], spans[1], call.heads, channels, relu, feature_eps)
-            dq = gradient_walk(walk, q, k, dy, v, log_total, delta, initial, last, reverse=False)
-            dk = gradient_walk(walk, k, q, v, dy, log_total, delta, first, last, reverse=True)
-            dv = by_group(read_walk(walk, k, q, dy, log_total, first, last, None, None), v)
+            dq, dk, dv = half_precision_gradients(walk, dy, q, k, v, log_total, delta, initial, first, last, packed)
+            dv = by_group(dv, v)
         elif causal:
+            if balanced:
+                left = causal_gradient(call, q, k, dy, v, log_total, delta, initial, last, reverse=False, balance=True)
+                delta += left - dlog
             dq = causal_gradient(call, q, k, dy, v, log_total, delta, initial, last, reverse=False)
             dk = causal_gradient(call, k, q, v, dy, log_total, delta, first, last, reverse=True)
             dv = causal_read(call, k, q, dy, log_total, first, last, None, None)
         else:
+            if balanced:
+                final = final_state.contiguous()
+                delta += whole_gradient(call, q, dy, final, log_total, delta, reverse=False, balance=True) - dlog
             dq = whole_gradient(call, q, dy, final_state.contiguous(), log_total, delta, reverse=False)
             whole_sum(call, q, dy, log_total, delta, first, last)
             dk = whole_gradient(call, k, v, last, log_total, delta, reverse=True)
@@ -154,6 +170,23 @@ def backward(
         scale = last.new_ones(()) if relu else (initial[..., -1:] + last[..., -1:]).exp()
         dinitial = torch.cat([last[..., :-2] * scale, -last[..., -2:-1] * scale, torch.zeros_like(last[..., :1])], -1)
     return dq.to(q.dtype), by_group(dk, k), dv, dinitial
+
+
+def half_precision_gradients(
+    walk: Walk, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, log_total: Tensor, delta: Tensor,
+    initial: Tensor | None, first: Tensor, last: Tensor, packed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v for every query head [B,T,H,.], and the last state in reverse into `last`."""
+    if walk.table["scheme"] == "walk":
+        dq = gradient_walk(walk, q, k, dy, v, log_total, delta, initial, last, reverse=False)
+        dk = gradient_walk(walk, k, q, v, dy, log_total, delta, first, last, reverse=True)
+        return dq, dk, read_walk(walk, k, q, dy, log_total, first, last, None, None)
+    slots = slots_of(walk, q.shape[1], packed=packed)
+    borders = sweep(walk, slots, k, v, None, None, initial, last)
+    dq = gradient_borders(walk, slots, borders, q, k, dy, v, log_total, delta, reverse=False)
+    borders = sweep(walk, slots, q, dy, log_total, delta, first, last)
+    dk = gradient_borders(walk, slots, borders, k, q, v, dy, log_total, delta, reverse=True)
+    return dq, dk, read_borders(walk, slots, borders, k, q, dy, log_total, None, None)
 
 
 def by_group(part: Tensor, like: Tensor) -> Tensor:
@@ -203,18 +236,21 @@ def causal_read(
 
 def causal_gradient(
     call: Call, reader: Tensor, writer: Tensor, beside: Tensor, payload: Tensor, log_total: Tensor, delta: Tensor,
-    first: Tensor | None, last: Tensor, *, reverse: bool,
+    first: Tensor | None, last: Tensor, *, reverse: bool, balance: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Gradient of the reader for every query head, [B,T,H,N]; in reverse the last state is stored."""
+    """Gradient of the reader for every query head, [B,T,H,N]; in reverse the last state is stored.
+
+    balance: the sums of <dy, v_j> - delta under the queries' weights instead, [B,T,H].
+    """
     batch, tokens, _, width = reader.shape
-    shape = (call.slices, batch, tokens, call.heads, width)
+    shape = (call.slices, batch, tokens, call.heads, *([] if balance else [width]))
     grad = torch.empty(shape, dtype=scratch_dtype(call, reader.dtype), device=reader.device)
     causal_gradient_kernel[(call.sequences * call.heads, call.slices)](
         reader, writer, beside, payload, call.hi, call.lo, log_total, delta, first, last,
         call.spans[0], call.spans[1], grad, batch * tokens, call.half_scale, call.feature_eps,
         *strides(reader, writer, beside, payload),
         J_READER=call.heads // reader.shape[2], J_WRITER=call.heads // writer.shape[2],
-        REVERSE=reverse, HAS_FIRST=first is not None, **call.constants,
+        REVERSE=reverse, HAS_FIRST=first is not None, BALANCE=balance, **call.constants,
     )  # fmt: skip
     return grad.sum(0, dtype=torch.float32)
 
@@ -257,15 +293,17 @@ def whole_read(call: Call, reader: Tensor, sums: Tensor, out: Tensor, log_total:
 
 
 def whole_gradient(
-    call: Call, reader: Tensor, beside: Tensor, sums: Tensor, log_total: Tensor, delta: Tensor, *, reverse: bool
-) -> Tensor:
-    """Gradient of the reader for every query head, [B,T,H,N]."""
+    call: Call, reader: Tensor, beside: Tensor, sums: Tensor, log_total: Tensor, delta: Tensor, *, reverse: bool,
+    balance: bool = False,
+) -> Tensor:  # fmt: skip
+    """Gradient of the reader for every query head, [B,T,H,N]; balance: as in `causal_gradient`."""
     starts, ends = call.spans[2:] if reverse else call.spans[:2]
     owner, origin = blocks_of(call, reader, starts)
-    shape = (*reader.shape[:2], call.heads, reader.shape[3])
+    shape = (*reader.shape[:2], call.heads, *([] if balance else [reader.shape[3]]))
     grad = torch.empty(shape, dtype=scratch_dtype(call, reader.dtype), device=reader.device)
     whole_gradient_kernel[(owner.numel() * call.heads,)](
         reader, beside, call.hi, call.lo, sums, log_total, delta, owner, origin, ends, grad, call.half_scale,
-        *strides(reader, beside), J_READER=call.heads // reader.shape[2], REVERSE=reverse, **call.constants,
+        *strides(reader, beside), J_READER=call.heads // reader.shape[2],
+        REVERSE=reverse, BALANCE=balance, **call.constants,
     )  # fmt: skip
     return grad

@@ -128,12 +128,14 @@ def first_writer(
 
 
 @triton.jit
-def admit(excess, step, left, is_open, CHUNK: tl.constexpr):
+def admit(excess, step, chunk, left, is_open, CHUNK: tl.constexpr):
     """How many writers of a chunk belong to the run, and whether it goes on.
 
-    excess: what their logarithms exceed the scale by, [CHUNK]. left: those that exist. is_open: 0 if the run has ended.
+    excess: what their logarithms exceed the scale by, [CHUNK]. chunk: its number in the run, whose first writer belongs
+    to it even if it is no number. left: those that exist. is_open: 0 if the run has ended.
     """
-    count = tl.min(tl.where(excess > LIMIT2, step, CHUNK), axis=0) * is_open
+    count = tl.min(tl.where(excess > LIMIT2, step, CHUNK), axis=0)
+    count = tl.where(chunk == 0, tl.maximum(count, 1), count) * is_open
     return tl.minimum(count, left), tl.where(count == CHUNK, 1, 0)
 
 

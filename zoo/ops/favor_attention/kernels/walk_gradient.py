@@ -128,7 +128,7 @@ def walk_gradient_kernel(
                 excess = tl.max(log, axis=1)
                 count = left
                 if (tl.max(excess, axis=0) > LIMIT2) | (is_open == 0):
-                    count, is_open = admit(excess, step, left, is_open, CHUNK)
+                    count, is_open = admit(excess, step, chunk, left, is_open, CHUNK)
                     log = tl.where(step[:, None] < count, log, float("-inf"))
                 features = tl.exp2(log)
             total_before = total

@@ -106,7 +106,7 @@ def walk_read_kernel(
                 peak = tl.max(log, axis=1)
                 count = left
                 if (tl.max(peak, axis=0) > LIMIT2) | (is_open == 0):  # the maximum of every writer is rarely wanted
-                    count, is_open = admit(tl.max(log, axis=0), step, left, is_open, CHUNK)
+                    count, is_open = admit(tl.max(log, axis=0), step, chunk, left, is_open, CHUNK)
                     log = tl.where(step[None, :] < count, log, float("-inf"))
                     peak = tl.max(log, axis=1)
                 if not REVERSE:

@@ -148,10 +148,10 @@ def whole_gradient_kernel(
     reader_ptr, beside_ptr, hi_ptr, lo_ptr, sums_ptr,  # q, dy, or k, v in reverse; [M,N] each; [S,H,M,P+2] float32
     log_total_ptr, delta_ptr,  # [BT,H] float32, in the forward direction only
     owner_ptr, origin_ptr, ends_ptr,  # int64 [blocks], [blocks], [S]: sequence and first token of each block of readers
-    grad_ptr,  # [BT,H,N]
+    grad_ptr,  # [BT,H,N], [BT,H] if BALANCE
     half_scale, reader_stride_t, reader_stride_h, beside_stride_t, beside_stride_h,
     H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr, J_READER: tl.constexpr,
-    RELU: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr,
+    RELU: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr, BALANCE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """One program owns CHUNK readers of one head: their gradient, as in `causal_gradient_kernel`."""
@@ -187,9 +187,13 @@ def whole_gradient_kernel(
         read = project_rows(rows, hi_ptr, lo_ptr, m, n, in_m, in_n, N, SPLIT)  # [CHUNK, BLOCK_M]
         slope = slope_of(read, below, top, in_m, RELU, REVERSE)
         felt = (product(beside, sums, OPERAND) - weight[:, None] * total[None, :]) * slope
-        grad += product(felt, load_projection(hi_ptr, m, n, in_m, in_n, N), OPERAND)
+        if not BALANCE:
+            grad += product(felt, load_projection(hi_ptr, m, n, in_m, in_n, N), OPERAND)
         along += tl.sum(felt, axis=1)
     if REVERSE and not RELU:
         grad -= rows.to(tl.float32) * (along * (2.0 * half_scale))[:, None]
-    grad_at = (t * H + head)[:, None] * N + n[None, :]
-    tl.store(grad_ptr + grad_at, grad.to(grad_ptr.dtype.element_ty), mask=in_seq[:, None] & in_n[None, :])
+    if BALANCE:
+        tl.store(grad_ptr + t * H + head, along, mask=in_seq)
+    else:
+        grad_at = (t * H + head)[:, None] * N + n[None, :]
+        tl.store(grad_ptr + grad_at, grad.to(grad_ptr.dtype.element_ty), mask=in_seq[:, None] & in_n[None, :])
