@@ -3,7 +3,8 @@
 `python benchmarks/operators.py [--row TEXT ...] [--out DIR]` prints a table and writes `operators.json` (device,
 versions, commit, every sample). Kernels are compiled first, in parallel processes; then one process measures on the
 idle GPU, and is started again after the row that killed it. `eager`: CUDA events around a call, the L2 cache flushed
-before. `graph`: the same inside a CUDA graph, without the launches.
+before. `graph`: the same inside a CUDA graph, without the launches. Ours are also called several times and compared
+bit for bit.
 """
 
 from __future__ import annotations
@@ -171,9 +172,12 @@ def _measure(name: str, row: Row, options: argparse.Namespace) -> dict[str, Any]
                 with torch.no_grad():
                     return run()
 
-            for kind, call in (("fwd", forward), ("f+b", _both(run, work))):
+            both = _both(run, work)
+            for kind, call in (("fwd", forward), ("f+b", both)):
                 if call is None:
                     continue
+                if who.startswith("zoo") and both is not None:  # a step goes on from the state before
+                    entry[f"{kind} repeats"] = _repeats(call)
                 entry[f"{kind} eager"] = time_samples(call, device, options.seconds)
                 entry[f"{kind} MiB"] = peak_bytes(call, device) / 2**20
                 try:
@@ -183,10 +187,25 @@ def _measure(name: str, row: Row, options: argparse.Namespace) -> dict[str, Any]
         except Exception as error:
             entry["error"] = f"{type(error).__name__}: {error}"[:400]
         timings.append(entry)
-        work = run = call = forward = None  # type: ignore[assignment]
+        work = run = call = forward = both = None  # type: ignore[assignment]
         torch.cuda.empty_cache()
     floors = [part / COPY_RATE * 1e3 for part in moved]
     return {"row": name, "peer": row.peer, "target": row.target, "floor_bytes_ms": floors, "timings": timings}
+
+
+def _repeats(call: Callable[[], Any], count: int = 4) -> bool:
+    """Whether calls give the same bits, in memory that holds other numbers each time."""
+    from torch.utils._pytree import tree_leaves
+
+    def results() -> list[Tensor]:
+        return [part.detach() for part in tree_leaves(call()) if isinstance(part, Tensor)]
+
+    first = [part.clone() for part in results()]
+    for _ in range(count):
+        torch.randn(1 << 26, device="cuda")  # left behind in the allocator
+        if not all(torch.equal(a, b) for a, b in zip(first, results(), strict=True)):
+            return False
+    return True
 
 
 def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -222,6 +241,8 @@ def _told(row: dict[str, Any], entry: dict[str, Any]) -> str:
             f"{kind} {eager:8.3f} graph {graph:8.3f} (target {row['target'][place]}, peer {row['peer'][place]}, "
             f"bytes {row['floor_bytes_ms'][place]:.3f}) {entry[f'{kind} MiB']:6.0f} MiB"
         )
+    if not all(entry.get(f"{kind} repeats", True) for kind in ("fwd", "f+b")):
+        cells.append("NOT THE SAME IN EVERY CALL")
     return f"{row['row']:34} {entry['who']:14} " + "  ".join(cells)
 
 

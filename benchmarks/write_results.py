@@ -73,8 +73,10 @@ def _operators(found: dict[str, Any], folder: Path) -> Iterator[str]:
                 continue
             times = {kind: _time(entry, kind) for kind in ("fwd eager", "f+b eager", "fwd graph", "f+b graph")}
             memory = entry.get("f+b MiB", entry.get("fwd MiB", 0.0))
+            same = all(entry.get(f"{kind} repeats", True) for kind in ("fwd", "f+b"))
+            who = entry["who"] + ("" if same else " (not the same in every call)")
             yield (
-                f"| {row['row']} | {entry['who']} | {times['fwd eager']} | {times['f+b eager']} | "
+                f"| {row['row']} | {who} | {times['fwd eager']} | {times['f+b eager']} | "
                 f"{times['fwd graph']} / {times['f+b graph']} | {_pair(row['target'])} | {_pair(row['peer'])} | "
                 f"{' / '.join(f'{floor:.2f}' for floor in row['floor_bytes_ms'])} | {memory:.0f} |"
             )
