@@ -3,7 +3,7 @@
     OUT=dir python benchmarks/notes/lti_engine.py                   the whole run (GPU); JSON to $OUT/lti_engine.json
     TRITON_INTERPRET=1 python benchmarks/notes/lti_engine.py --interpret      the checks alone, small, on a CPU
 
-A variant is (warps, stages of the loop over chunks, longest segment). Counts and predictions: lti.md.
+A variant says what it changes of zoo/ops/lti/kernels/wide_launch.py. Counts and predictions: lti.md.
 """
 
 from __future__ import annotations
@@ -17,15 +17,29 @@ import time
 
 import torch
 from zoo.ops.lti import lti_kernel, lti_scan, vandermonde
-from zoo.ops.lti.kernels import launch
+from zoo.ops.lti.kernels import levels, scan, wide_launch
+from zoo.ops.lti.kernels.wide_launch import Size
+from zoo.ops.lti_attention import lti_attention
 
 ROWS = {"B8 D2048 T4096": (8, 2048, 4096), "B2 D2048 T16384": (2, 2048, 16384), "B1 D1024 T65536": (1, 1024, 65536)}
-VARIANTS = [(8, 3, 1024), (8, 2, 1024), (8, 4, 1024), (8, 3, 256)]
+VARIANTS = {
+    "wide": {},
+    "rows of 256": {"segments": (64, 256)},
+    "turned": None,  # kernels that read transposed copies
+    "rows of 512": {"segments": (64, 512)},
+    "rows of 128": {"segments": (64, 128)},
+    "rows of 256, 512 programs": {"segments": (64, 256), "programs": 512},
+    "mix of 16 channels": {"mix": Size(wide=16, stages=2)},
+}
 KERNELS = {"s4d_kernel D1024 T4096": (1024, 4096), "s4d_kernel D1024 T16384": (1024, 16384)}
+MOMENTS = [levels.MOMENT, (16, 128, 8, 3), (32, 64, 4, 2), (16, 64, 4, 3)]  # lags of a program, warps, stages
 WHOLE, SHORT = (2, 64, 1024), (2, 64, 1000)  # batch, channels, tokens: whole chunks, and a short one
-PLACES = [(WHOLE, False, False), (WHOLE, True, False), (SHORT, True, False), (WHOLE, True, True)]  # ahead, packed
+PLACES = [(WHOLE, True, True), (SHORT, True, False), (WHOLE, False, False), (SHORT, False, True)]  # ahead, packed
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 2e-3}
-CHECKS = [(dtype, *place) for dtype in BOUNDS for place in PLACES]
+PROGRAMS, SEGMENTS, SIZES = wide_launch.PROGRAMS, wide_launch.SEGMENTS, dict(wide_launch.SIZES)
+CHECKS = [("wide", torch.bfloat16, *place) for place in PLACES]
+CHECKS += [("wide", dtype, *place) for dtype in (torch.float32, torch.float16) for place in PLACES[:2]]
+CHECKS += [(name, torch.bfloat16, *PLACES[0]) for name in VARIANTS if name != "wide"]
 
 
 def modes(channels, device, count=32):
@@ -75,8 +89,8 @@ def check(device, dtype, shape, ahead, packed):
     return {name: relative(value, exact[name]) for name, value in got.items()}
 
 
-def judge(device, dtype, shape, ahead, packed, bound):
-    label = f"{str(dtype)[6:]} T{shape[2]} ahead={ahead} packed={packed}"
+def judge(device, dtype, shape, ahead, packed, bound, name=""):
+    label = f"{name} {str(dtype)[6:]} T{shape[2]} ahead={ahead} packed={packed}"
     try:
         errors = check(device, dtype, shape, ahead, packed)
     except Exception as error:  # the other checks go on
@@ -90,11 +104,15 @@ def judge(device, dtype, shape, ahead, packed, bound):
 def check_small():
     """On a CPU. The interpreter cuts off what bfloat16 does not hold: twice the error of rounding."""
     for dtype, bound in BOUNDS.items():
-        for shape, ahead, packed in (((2, 2, 128), False, False), ((1, 2, 70), True, False), ((1, 2, 70), True, True)):
+        channels = 16 if dtype == torch.bfloat16 else 2
+        for tokens, ahead, packed in ((128, False, False), (70, True, False), (150, True, True)):
+            shape = (2, channels, tokens)
             judge("cpu", dtype, shape, ahead, packed, 1e-2 if dtype == torch.bfloat16 else bound)
 
 
 def check_kernel(device, channels, length):
+    """Errors against float64, with cuBLAS allowed to round to TF32: these products are not its."""
+    torch.backends.cuda.matmul.allow_tf32 = True
     if device == "cpu":
         vandermonde._by_kernels = lambda tensor, dtype: dtype == torch.float32
     log_a, c = modes(channels, device)
@@ -107,9 +125,13 @@ def check_kernel(device, channels, length):
     return {n: relative(a, b) for n, a, b in zip(("k", "dlog_a", "dc"), *results)}
 
 
-def use(variant):
-    launch.WARPS, launch.STAGES, longest = variant
-    launch.SEGMENTS = (64, longest)
+def use(name):
+    changed = VARIANTS[name]
+    scan.wide_serves = (lambda *_: False) if changed is None else wide_launch.wide_serves
+    wide_launch.PROGRAMS = (changed or {}).get("programs", PROGRAMS)
+    wide_launch.SEGMENTS = (changed or {}).get("segments", SEGMENTS)
+    for kernel, size in SIZES.items():
+        wide_launch.SIZES[kernel] = (changed or {}).get(kernel, size)
 
 
 def bench(function, repeats=12):
@@ -171,6 +193,22 @@ def kernel_calls(channels, length):
     return ahead, both
 
 
+def attention_calls():
+    """H3 with heads of 64 channels: B1 T4096, 32 heads, 32 modes."""
+    log_a, c = (part.requires_grad_() for part in modes(32, "cuda"))
+    leaves = [torch.randn(1, 4096, 32, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    dy = torch.randn_like(leaves[0])
+
+    def both():
+        return torch.autograd.grad(lti_attention(*leaves, log_a, c)[0], [*leaves, log_a, c], dy)
+
+    def ahead():
+        with torch.no_grad():
+            return lti_attention(*leaves, log_a, c)
+
+    return ahead, both
+
+
 def profile(function):
     """Microseconds of each kernel on the device in one call, and how many were launched."""
     from torch.profiler import ProfilerActivity
@@ -183,47 +221,84 @@ def profile(function):
         torch.cuda.synchronize()
     events = [event for event in seen.key_averages() if event.self_device_time_total]
     found = {event.key[:70]: (event.count, round(event.self_device_time_total, 1)) for event in events}
-    return dict(sorted(found.items(), key=lambda item: -item[1][1])[:16])
+    return dict(sorted(found.items(), key=lambda item: -item[1][1])[:14])
+
+
+def children():
+    """Compilation and checks, side by side, what most variants share first; what runs after 48 s is ended."""
+    compiled = [("--compile", row, name) for row in ("B8 D2048 T4096", "B1 D1024 T65536") for name in VARIANTS]
+    checks = [("--check", str(i)) for i in range(len(CHECKS))]
+    kernels = [("--attention",)] + [("--kernels", str(i)) for i in range(len(MOMENTS))]
+    jobs = compiled[:7] + checks[:2] + kernels + compiled[7:] + checks[2:]
+    running, begun = [], time.time()
+    while jobs or running:
+        running = [child for child in running if child.poll() is None]
+        while jobs and len(running) < 15:
+            running.append(subprocess.Popen([sys.executable, __file__, *jobs.pop(0)]))
+        if time.time() - begun > 48:
+            print(f"left out after 48 s: {len(running)} running, {len(jobs)} not begun: {jobs}", flush=True)
+            for child in running:
+                child.kill()
+            return
+        time.sleep(0.1)
+
+
+def memory(shape):
+    """MiB beyond the inputs at the peak of a forward, and of a forward and backward."""
+    peaks = []
+    for call in calls(shape):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        kept = call()
+        peaks.append((torch.cuda.max_memory_allocated() - held) >> 20)
+        del kept
+    return peaks
+
+
+def show(title, found):
+    print(title)
+    for kernel, (count, us) in found.items():
+        print(f"   {us:9.1f} us {count:3d}x {kernel}", flush=True)
 
 
 def main():
     out, begun = os.environ.get("OUT", "."), time.time()
     result = {"device": torch.cuda.get_device_name(), "times": {}, "profiles": {}}
-    children = [("--compile", i) for i in range(len(VARIANTS))] + [("--check", i) for i in range(len(CHECKS))]
-    started = [subprocess.Popen([sys.executable, __file__, kind, str(i)]) for kind, i in children]
-    for child in started:
-        child.wait()
+    children()
     print(f"checked and compiled after {time.time() - begun:.0f} s", flush=True)
-    for name, size in KERNELS.items():
-        errors = check_kernel("cuda", 64, size[1])
-        result["times"][name] = [bench(call) for call in kernel_calls(*size)]
-        print(name, errors, "fwd, f+b (eager, graph)", result["times"][name], flush=True)
-    result["profiles"]["s4d"] = profile(kernel_calls(1024, 16384)[1])
-    for name, shape in ROWS.items():
-        for variant in VARIANTS[: None if time.time() - begun < 60 else 1]:
-            use(variant)
+    for row, shape in ROWS.items():
+        for name in VARIANTS if row[:2] != "B2" and time.time() - begun < 62 else list(VARIANTS)[:2]:
+            use(name)
             try:
                 times = [bench(call) for call in calls(shape)]
             except Exception as error:  # the run goes on with the others
                 times = f"{type(error).__name__} {error}"[:200]
-            result["times"][f"{name} {variant}"] = times
-            print(f"{name} warps, stages, segment {variant}: fwd, f+b (eager, graph) {times}", flush=True)
-        use(VARIANTS[0])
-        torch.cuda.reset_peak_memory_stats()
-        ahead, both = calls(shape)
-        held = torch.cuda.memory_allocated()
-        kept = ahead()
-        peaks = [torch.cuda.max_memory_allocated() - held]
-        del kept
-        torch.cuda.reset_peak_memory_stats()
-        both()
-        peaks.append(torch.cuda.max_memory_allocated() - held)
-        print(name, "extra memory MiB", [p >> 20 for p in peaks], flush=True)
-        result["profiles"][name] = profile(both)
-    for name, found in result["profiles"].items():
-        print(name)
-        for kernel, (count, us) in found.items():
-            print(f"   {us:9.1f} us {count:3d}x {kernel}")
+            result["times"][f"{row} {name}"] = times
+            print(f"{row}, {name}: fwd, f+b (eager, graph) {times}", flush=True)
+        use("wide")
+        print(row, "extra memory MiB", memory(shape), flush=True)
+        result["profiles"][row] = profile(calls(shape)[1])
+        show(row, result["profiles"][row])
+    for name, size in KERNELS.items():
+        for levels.MOMENT in reversed(MOMENTS if size[1] > 4096 else MOMENTS[:1]):
+            errors = {part: f"{error:.1e}" for part, error in check_kernel("cuda", 64, size[1]).items()}
+            times = [bench(call) for call in kernel_calls(*size)]
+            result["times"][f"{name} {levels.MOMENT}"] = times
+            print(f"{name} {levels.MOMENT} {errors}: fwd, f+b (eager, graph) {times}", flush=True)
+    result["profiles"]["s4d"] = profile(kernel_calls(1024, 16384)[1])
+    show("s4d", result["profiles"]["s4d"])
+    result["times"]["lti_attention"] = [bench(call) for call in attention_calls()]
+    print("lti_attention P64 B1 T4096: fwd, f+b (eager, graph)", result["times"]["lti_attention"], flush=True)
+    result["profiles"]["lti_attention"] = profile(attention_calls()[1])
+    show("lti_attention", result["profiles"]["lti_attention"])
+    row, shape = next(iter(ROWS.items()))
+    for name in list(VARIANTS)[1:]:
+        if time.time() - begun > 68:
+            break
+        use(name)
+        result["profiles"][f"{row} {name}"] = profile(calls(shape)[1])
+        show(f"{row} {name}", result["profiles"][f"{row} {name}"])
     with open(f"{out}/lti_engine.json", "w") as file:
         json.dump(result, file, indent=1)
     print(f"{time.time() - begun:.0f} s", flush=True)
@@ -234,12 +309,21 @@ if __name__ == "__main__":
         check_small()
         print(check_kernel("cpu", 2, 300))
     elif "--check" in sys.argv:
-        chosen = CHECKS[int(sys.argv[-1])]
-        judge("cuda", *chosen, BOUNDS[chosen[0]])
+        name, *chosen = CHECKS[int(sys.argv[-1])]
+        use(name)
+        judge("cuda", *chosen, BOUNDS[chosen[0]], name)
+    elif "--attention" in sys.argv:
+        attention_calls()[1]()
+        torch.cuda.synchronize()
+    elif "--kernels" in sys.argv:
+        levels.MOMENT = MOMENTS[int(sys.argv[-1])]
+        for size in KERNELS.values():
+            check_kernel("cuda", 64, size[1])
+            kernel_calls(*size)[1]()
+        torch.cuda.synchronize()
     elif "--compile" in sys.argv:
-        use(VARIANTS[int(sys.argv[-1])])
-        for shape in ROWS.values():
-            calls(shape)[1]()
+        use(sys.argv[-1])
+        calls(ROWS[sys.argv[-2]])[1]()
         torch.cuda.synchronize()
     else:
         main()

@@ -13,6 +13,7 @@ from zoo.ops.lti import flops, triton_path, vandermonde
 from sequence_mixer.conformance.budget import judge
 from sequence_mixer.errors import BackendError
 
+WIDE_ENOUGH = 16  # channels that the kernels for tokens as they come take
 PACKINGS = [[0, 1, 1, 3, 13, 17, 17, 130], [0, 0, 2, 2], [0, 0, 97]]
 
 
@@ -86,11 +87,41 @@ def test_half_precision_stays_within_its_budget(device: str, dtype: torch.dtype)
     check(inputs(device, 2, 130, ahead=True), dtype)
 
 
-@pytest.mark.parametrize("reverse_lag", [0, 1])
-def test_two_directions_are_rounded_once(device: str, reverse_lag: int) -> None:
+@pytest.mark.parametrize(("batch", "tokens", "modes", "programs"), [(3, 70, 4, 256), (17, 5, 17, 2)])
+def test_tokens_as_they_come_stay_within_their_budget(
+    device: str, batch: int, tokens: int, modes: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zoo.ops.lti.kernels import wide_launch
+
+    monkeypatch.setattr(wide_launch, "PROGRAMS", programs)  # 2: a program for 17 rows, two blocks of them
+    assert wide_launch.wide_serves(torch.bfloat16, WIDE_ENOUGH, modes)
+    check(inputs(device, batch, tokens, WIDE_ENOUGH, modes, ahead=True), torch.bfloat16, reverse_lag=tokens % 2)
+
+
+def test_packed_tokens_as_they_come_stay_within_their_budget(device: str) -> None:
+    ends = [0, 1, 1, 30, 97]
+    given = inputs(device, 1, ends[-1], WIDE_ENOUGH, sequences=len(ends) - 1)
+    check(given, torch.bfloat16, cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device))
+
+
+def test_tokens_as_they_come_may_be_a_slice(device: str) -> None:
+    given = inputs(device, 2, 9, WIDE_ENOUGH)
+    found = []
+    for start in (0, 1):  # the second begins at an odd address
+        whole = torch.zeros(2, 9, 2 * WIDE_ENOUGH, dtype=torch.bfloat16, device=device)
+        given["x"] = whole[..., start : start + WIDE_ENOUGH].copy_(given["x"])
+        found.append(run(given, "triton"))
+    found.append(run(given | {"x": given["x"].transpose(1, 2).contiguous().transpose(1, 2)}, "triton"))
+    for name, value in found[0].items():
+        assert all(torch.equal(value, other[name]) for other in found), name
+
+
+@pytest.mark.parametrize(("channels", "reverse_lag"), [(2, 0), (2, 1), (16, 1)])
+def test_two_directions_are_rounded_once(device: str, channels: int, reverse_lag: int) -> None:
     """3 a token behind minus 3 a token ahead: either sum exceeds 256, where bfloat16 skips odd numbers."""
-    log_a, c = torch.zeros(2, 1, 2, device=device), torch.tensor([0.5, 0.0], device=device).expand(2, 1, 2)
-    x = torch.full((1, 130, 2), 3.0, dtype=torch.bfloat16, device=device).requires_grad_()
+    log_a, c = torch.zeros(channels, 1, 2, device=device), torch.tensor([0.5, 0.0], device=device)
+    c = c.expand(channels, 1, 2)
+    x = torch.full((1, 130, channels), 3.0, dtype=torch.bfloat16, device=device).requires_grad_()
     y, _ = lti_scan(x, log_a, c, c_reverse=-c, reverse_lag=reverse_lag, backend="triton")
     (dx,) = torch.autograd.grad(y, x, torch.full_like(y, 3.0))
     behind = 3.0 * torch.arange(1, 131, device=device)
@@ -98,7 +129,7 @@ def test_two_directions_are_rounded_once(device: str, reverse_lag: int) -> None:
     for value, exact in ((y, behind - ahead), (dx, behind.flip(0) - behind + 3.0 * reverse_lag)):
         held = exact.abs() <= 256  # the interpreter cuts off what bfloat16 does not hold
         assert held.sum() > 80
-        assert torch.equal(value[0, held].float(), exact[held, None].expand(-1, 2))
+        assert torch.equal(value[0, held].float(), exact[held, None].expand(-1, channels))
 
 
 def test_the_flop_counter_sees_both_directions(device: str) -> None:
@@ -157,9 +188,13 @@ def test_non_contiguous_inputs_and_cotangents_are_served(device: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_what_stood_in_memory_does_not_matter(device: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = inputs(device, 1, 70, sequences=3 if packed else 1)
+@pytest.mark.parametrize(("packed", "channels"), [(False, 2), (True, 2), (True, 16)])
+def test_what_stood_in_memory_does_not_matter(
+    device: str, packed: bool, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(device, 1, 70, channels, sequences=3 if packed else 1, ahead=channels == WIDE_ENOUGH)
+    if channels == WIDE_ENOUGH:
+        given["x"] = given["x"].bfloat16()
     ends = torch.tensor([0, 2, 2, 70], device=device) if packed else None
     clean = run(given, "triton", cu_seqlens=ends)
     empty = torch.empty
@@ -174,8 +209,10 @@ def test_what_stood_in_memory_does_not_matter(device: str, packed: bool, monkeyp
         assert torch.equal(value, dirty[name]), name
 
 
-def test_nothing_crosses_a_boundary_even_nan(device: str) -> None:
-    given = inputs(device, 1, 70, sequences=3, ahead=True)
+@pytest.mark.parametrize(("channels", "dtype"), [(2, torch.float32), (16, torch.bfloat16)])
+def test_nothing_crosses_a_boundary_even_nan(device: str, channels: int, dtype: torch.dtype) -> None:
+    given = inputs(device, 1, 70, channels, sequences=3, ahead=True)
+    given["x"] = given["x"].to(dtype)
     given["x"][:, 4:37] = float("nan")
     given["x"].requires_grad_()
     y, final = lti_scan(**given, cu_seqlens=torch.tensor([0, 4, 37, 70], device=device), backend="triton")
@@ -186,8 +223,10 @@ def test_nothing_crosses_a_boundary_even_nan(device: str) -> None:
     assert bool(final[[0, 2]].isfinite().all())
 
 
-def test_later_tokens_leave_earlier_outputs_exactly_alone(device: str) -> None:
-    given = inputs(device, 1, 130)
+@pytest.mark.parametrize(("channels", "dtype"), [(2, torch.float32), (16, torch.bfloat16)])
+def test_later_tokens_leave_earlier_outputs_exactly_alone(device: str, channels: int, dtype: torch.dtype) -> None:
+    given = inputs(device, 1, 130, channels)
+    given["x"] = given["x"].to(dtype)
     changed = given | {"x": given["x"].clone()}
     changed["x"][:, 77:] *= 1e6
     before, after = (lti_scan(**call, backend="triton")[0][:, :77] for call in (given, changed))

@@ -305,7 +305,8 @@ def test_the_operators_of_kernels_keep_their_promises() -> None:
     log_a, c = given["log_a"].requires_grad_(), given["c"].unsqueeze(0).requires_grad_()
     weights = given["x"].transpose(1, 2).contiguous().requires_grad_()
     torch.library.opcheck(torch.ops.zoo.lti_kernel.default, (log_a, c, 7, torch.float64))
-    torch.library.opcheck(torch.ops.zoo.lti_moments.default, (log_a, weights, torch.float64))
+    for kinds in (1, 2):
+        torch.library.opcheck(torch.ops.zoo.lti_moments.default, (log_a, weights, kinds, torch.float64))
 
 
 def test_one_compiled_graph_serves_any_number_of_kernels() -> None:

@@ -48,9 +48,9 @@ def lti_scan_forward(
     reverse_lag: int,
 ) -> tuple[Tensor, Tensor]:
     """y [B,T,D] in the dtype of x, rounded once, and the final state [S,D,M,2] in float32."""
-    from zoo.ops.lti.kernels import launch
+    from zoo.ops.lti.kernels import scan
 
-    return launch.forward(x, log_a, c, skip, c_reverse, initial_state, cu_seqlens, reverse_lag)
+    return scan.forward(x, log_a, c, skip, c_reverse, initial_state, cu_seqlens, reverse_lag)
 
 
 @lti_scan_forward.register_fake
@@ -85,9 +85,9 @@ def lti_scan_backward(
 
     dfinal: None for zeros.
     """
-    from zoo.ops.lti.kernels import launch
+    from zoo.ops.lti.kernels import scan
 
-    return launch.backward(dy, dfinal, x, log_a, c, skip, c_reverse, initial_state, cu_seqlens, reverse_lag)
+    return scan.backward(dy, dfinal, x, log_a, c, skip, c_reverse, initial_state, cu_seqlens, reverse_lag)
 
 
 @lti_scan_backward.register_fake

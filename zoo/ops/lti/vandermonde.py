@@ -45,7 +45,7 @@ def lti_kernel(log_a: Tensor, c: Tensor, length: int, *, dtype: torch.dtype | No
     if length < 0:
         raise ShapeError(f"length is {length}, wanted a number of lags >= 0")
     kernel: Tensor = torch.ops.zoo.lti_kernel(log_a, c if batched else c.unsqueeze(0), length, inner)
-    kernel = kernel if batched else kernel[0]
+    kernel = kernel if batched else kernel.squeeze(0)  # a select would copy its gradient
     return kernel if wanted == inner else kernel.to(wanted)
 
 
@@ -57,8 +57,8 @@ def lti_moments(log_a: Tensor, weights: Tensor, *, dtype: torch.dtype | None = N
     With the tokens of a sequence in reverse order as weights, this is the state after the last one.
     """
     wanted, inner, batched = _check(log_a, "weights", weights, "L", dtype)
-    moments: Tensor = torch.ops.zoo.lti_moments(log_a, weights if batched else weights.unsqueeze(0), inner)
-    moments = moments if batched else moments[0]
+    moments: Tensor = torch.ops.zoo.lti_moments(log_a, weights if batched else weights.unsqueeze(0), 1, inner)
+    moments = moments.squeeze(0) if batched else moments.squeeze(0).squeeze(0)
     return moments if wanted == inner else moments.to(wanted)
 
 
@@ -137,11 +137,11 @@ def _(log_a: Tensor, c: Tensor, length: int, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("zoo::lti_moments", mutates_args=())
-def _moments(log_a: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """log_a [D,M,2], weights [S,D,L] -> [S,D,M,2]."""
+def _moments(log_a: Tensor, weights: Tensor, kinds: int, dtype: torch.dtype) -> Tensor:
+    """log_a [D,M,2], weights [S,D,L] -> [kinds,S,D,M,2]; kinds = 2: the moments of l weights_l besides."""
     sequences, channels, length = weights.shape
     modes = log_a.shape[1]
-    out = torch.empty(sequences, channels, modes, 2, dtype=dtype, device=weights.device)
+    out = torch.empty(kinds, sequences, channels, modes, 2, dtype=dtype, device=weights.device)
     if out.numel() == 0 or length == 0:
         return out.zero_()
     coarse, fine = _levels(length)
@@ -150,22 +150,25 @@ def _moments(log_a: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
         if _by_kernels(weights, dtype):
             from zoo.ops.lti.kernels.levels import moment_block
 
-            log_a, wide = log_a.contiguous(), F.pad(weights.float(), (0, coarse * fine - length))
+            log_a, wide = log_a.contiguous(), weights if weights.stride(2) == 1 else weights.contiguous()
             for span in _spans(channels, 2 * step):
-                moment_block(log_a[span], wide[:, span].unflatten(-1, (coarse, fine)), out[:, span])
+                moment_block(log_a[span], wide[:, span], out[:, :, span], coarse, fine)
             return out
-        for span in _spans(channels, step):
+        wide = weights.to(dtype)
+        if kinds == 2:
+            wide = torch.stack([wide, wide * torch.arange(length, dtype=dtype, device=wide.device)])
+        for span in _spans(channels, max(1, step // kinds)):
             hi, lo = _tables(log_a[span], length)
-            tiles = F.pad(weights[:, span].to(dtype), (0, coarse * fine - length)).unflatten(-1, (coarse, fine))
-            inner = (tiles @ torch.cat(lo, 1).to(dtype).mT).mT  # [S,d,2M,Q]
-            re, im = times((inner[:, :, :modes], inner[:, :, modes:]), (hi[0].to(dtype), hi[1].to(dtype)))
-            out[:, span] = torch.stack([re.sum(-1), im.sum(-1)], -1)
+            tiles = F.pad(wide[..., span, :], (0, coarse * fine - length)).unflatten(-1, (coarse, fine))
+            inner = (tiles @ torch.cat(lo, 1).to(dtype).mT).mT  # [kinds,S,d,2M,Q], or without kinds
+            re, im = times((inner[..., :modes, :], inner[..., modes:, :]), (hi[0].to(dtype), hi[1].to(dtype)))
+            out[:, :, span] = torch.stack([re.sum(-1), im.sum(-1)], -1)
     return out
 
 
 @_moments.register_fake
-def _(log_a: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    return weights.new_empty(weights.shape[0], weights.shape[1], log_a.shape[1], 2, dtype=dtype)
+def _(log_a: Tensor, weights: Tensor, kinds: int, dtype: torch.dtype) -> Tensor:
+    return weights.new_empty(kinds, weights.shape[0], weights.shape[1], log_a.shape[1], 2, dtype=dtype)
 
 
 def _save_kernel(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -179,39 +182,37 @@ def _differentiate_kernel(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     plain, sloped = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
     if not (plain or sloped):
         return None, None, None, None
-    weights = [grad] if plain else []
-    if sloped:
-        lags = torch.arange(ctx.length, device=grad.device, dtype=grad.dtype)
-        weights.append(grad * lags)
-    moments = torch.ops.zoo.lti_moments(log_a, torch.cat(weights), ctx.dtype)
+    moments = torch.ops.zoo.lti_moments(log_a, grad, 2 if sloped else 1, ctx.dtype)
     twice = torch.arange(2.0, -3.0, -4.0, device=grad.device, dtype=moments.dtype)  # 2 re, -2 im
     if plain:
-        dc = (moments[: grad.shape[0]] * twice).to(c.dtype)
+        dc = (moments[0] * twice).to(c.dtype)
     if sloped:
-        (a, b), (re, im) = c.unbind(-1), moments[-grad.shape[0] :].unbind(-1)
+        (a, b), (re, im) = c.unbind(-1), moments[1].unbind(-1)
         turned = torch.stack([torch.addcmul(a * re, b, im, value=-1.0), torch.addcmul(a * im, b, re)], -1)
         dlog_a = (turned * twice).sum(0).to(log_a.dtype)
     return dlog_a, dc, None, None
 
 
 def _save_moments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    log_a, weights, ctx.dtype = inputs
+    log_a, weights, ctx.kinds, ctx.dtype = inputs
     ctx.save_for_backward(log_a, weights)
 
 
 def _differentiate_moments(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of sum_l l^j weights_l e^{l log_a}, j < kinds: kernels for the weights, moments one power of l on for log_a."""
     log_a, weights = ctx.saved_tensors
-    dlog_a = dweights = None
-    re, im = grad.unbind(-1)
     length = weights.shape[-1]
+    dlog_a = dweights = None
+    lags = torch.arange(length, device=grad.device, dtype=ctx.dtype)
     if ctx.needs_input_grad[1]:
-        seen = torch.stack([0.5 * re, -0.5 * im], -1)
-        dweights = torch.ops.zoo.lti_kernel(log_a, seen, length, ctx.dtype).to(weights.dtype)
+        seen = grad * torch.tensor([0.5, -0.5], device=grad.device, dtype=grad.dtype)
+        parts = [torch.ops.zoo.lti_kernel(log_a, part, length, ctx.dtype) for part in seen]
+        dweights = (parts[0] if ctx.kinds == 1 else torch.addcmul(parts[0], parts[1], lags)).to(weights.dtype)
     if ctx.needs_input_grad[0]:
-        lags = torch.arange(length, device=grad.device, dtype=ctx.dtype)
-        m_re, m_im = torch.ops.zoo.lti_moments(log_a, weights.to(ctx.dtype) * lags, ctx.dtype).unbind(-1)
-        dlog_a = torch.stack([re * m_re + im * m_im, im * m_re - re * m_im], -1).sum(0).to(log_a.dtype)
-    return dlog_a, dweights, None
+        moments = torch.ops.zoo.lti_moments(log_a, weights.to(ctx.dtype) * lags, ctx.kinds, ctx.dtype)
+        (re, im), (m_re, m_im) = grad.unbind(-1), moments.unbind(-1)
+        dlog_a = torch.stack([re * m_re + im * m_im, im * m_re - re * m_im], -1).sum((0, 1)).to(log_a.dtype)
+    return dlog_a, dweights, None, None
 
 
 _kernel.register_autograd(_differentiate_kernel, setup_context=_save_kernel)
@@ -226,5 +227,5 @@ def _kernel_flops(log_a: Tensor, c: Tensor, length: int, *_: Any, **__: Any) -> 
 
 
 @flop_formula(torch.ops.zoo.lti_moments, get_raw=True)
-def _moments_flops(log_a: Tensor, weights: Tensor, *_: Any, **__: Any) -> int:
-    return 4 * weights.numel() * log_a.shape[1]
+def _moments_flops(log_a: Tensor, weights: Tensor, kinds: int, *_: Any, **__: Any) -> int:
+    return kinds * 4 * weights.numel() * log_a.shape[1]

@@ -1,8 +1,7 @@
 """Launches the kernels of the diagonal scan with block sizes that follow from sizes and dtype; nothing is searched.
 
-The kernels read tokens along the last axis, [D, B T]: one channel's tokens are an operand of its matrix products. The
-one transposed copy of x, and of the gradients, is made here. A kernel ahead is the transpose of a kernel behind: its
-forward is the other's backward in x, and the other way round; both directions add up in float32.
+The kernels of this file read tokens along the last axis, [D, B T]: one channel's tokens are an operand of its matrix
+products, and the one transposed copy of x, and of the gradients, is made here.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from zoo.ops.semiseparable.kernels.launch import OPERANDS, on_device
 SEGMENTS = (64, 1024)  # tokens of a row, at least and at most
 CARRIED = 256  # modes of a program that walks over the rows of a sequence
 STAGES = 3  # of the loop over chunks
-TABLE_WARPS = 8
+TABLE_WARPS = {64: 8, 32: 4}  # by tokens of a chunk
 FINE = 8  # powers of a mode multiplied with each coarse one
 WARPS = 8  # with 4, tiles of 64 by 64 spill registers on Hopper
 
@@ -80,10 +79,9 @@ def segment_length(tokens: int, chunk: int) -> int:
     return max(2 * chunk, shortest, min(longest, balanced))
 
 
-def rows_of(x: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Rows:
+def rows_of(x: Tensor, cu_seqlens: Tensor | None, segment: int) -> Rows:
     """Rows of x [B,T,D]. Shapes follow from sizes alone; slots without a token have length 0."""
     batch, tokens, device = x.shape[0], x.shape[1], x.device
-    segment = segment_length(batch * tokens, chunk)
     if cu_seqlens is None:
         return Rows(segment, batch * cdiv(tokens, segment), batch, tokens)
     bounds = cu_seqlens.long()
@@ -115,17 +113,29 @@ class Launch:
         """x: [B,T,D]. log_a, c: [D,M,2]. D: [D] or None."""
         self.channels, self.modes = log_a.shape[:2]
         block_m = max(16, next_power_of_2(self.modes))
-        chunk, self.row_tile = tile_sizes(x.dtype, block_m)
-        self.rows = rows_of(x, cu_seqlens, chunk)
+        chunk, segment, own = self._sizes(x, block_m, cu_seqlens is not None)
+        self.rows = rows_of(x, cu_seqlens, segment)
         self.device = x.device
         self.count = self.rows.count
-        packed = cu_seqlens is not None
         self.blocks: dict[str, Any] = {
-            "D": self.channels, "M": self.modes, "LAG": 0, "CHUNK": chunk, "ROWS": self.row_tile,
-            "BLOCK_M": block_m, "OPERAND": OPERANDS[x.dtype], "SEGMENT": self.rows.segment,
-            "PACKED": packed, "WHOLE": not packed and x.shape[1] % chunk == 0, "num_warps": WARPS, "num_stages": STAGES,
+            "D": self.channels, "M": self.modes, "LAG": 0, "CHUNK": chunk, "BLOCK_M": block_m,
+            "OPERAND": OPERANDS[x.dtype], "SEGMENT": segment, "PACKED": cu_seqlens is not None, **own,
         }  # fmt: skip
         self.tables = self._tables(log_a, c, D)
+
+    def _sizes(self, x: Tensor, block_m: int, packed: bool) -> tuple[int, int, dict[str, Any]]:
+        """Tokens of a chunk, tokens of a row, and the other blocks of these kernels."""
+        chunk, rows = tile_sizes(x.dtype, block_m)
+        own = {"WHOLE": not packed and x.shape[1] % chunk == 0, "ROWS": rows, "num_warps": WARPS, "num_stages": STAGES}
+        return chunk, segment_length(x.shape[0] * x.shape[1], chunk), own
+
+    def read(self, x: Tensor) -> Tensor:
+        """x [B,T,D] as the kernels read it."""
+        return time_last(x, None, x.dtype).flatten(1)
+
+    def written(self, y_t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """What the kernels have made of tokens, as [B,T,D] of `dtype`."""
+        return time_first(y_t.unflatten(1, shape[:2]), None, dtype)[0]
 
     def with_kernel(self, log_a: Tensor, c: Tensor, lag: int) -> Launch:
         """The same rows under another kernel without a skip. lag: 0, or 1 if its tap 0 meets the token next door."""
@@ -145,7 +155,7 @@ class Launch:
             table_kernel[(channels,)](
                 log_a, c, skip, powers, taps, step,
                 M=modes, LAG=lag, HAS_SKIP=D is not None, CHUNK=chunk, FINE=FINE, BLOCK_M=block_m,
-                num_warps=TABLE_WARPS,
+                num_warps=TABLE_WARPS[chunk],
             )  # fmt: skip
         return Tables(powers, taps, step, log_a, c)
 
@@ -155,7 +165,7 @@ class Launch:
 
     @property
     def grid(self) -> tuple[int]:
-        return (cdiv(self.count, self.row_tile) * self.channels,)
+        return (cdiv(self.count, self.blocks["ROWS"]) * self.channels,)
 
     def row_states(
         self, x_t: Tensor, first: Tensor | None, *, reverse: bool, weighted: bool
@@ -175,10 +185,7 @@ class Launch:
         tables, rows = self.tables, self.rows
         total = self.channels * self.modes
         with on_device(x_t):
-            added_kernel[self.grid](
-                x_t, tables.powers, tables.c, tables.step, rows.start, rows.length, added, weights,
-                self.count, rows.tokens, *x_t.stride(), REVERSE=reverse, WEIGHTED=weighted, **self.blocks,
-            )  # fmt: skip
+            self._add(x_t, added, weights, REVERSE=reverse, WEIGHTED=weighted)
             carry_kernel[(per_sequence[0] * cdiv(total, CARRIED),)](
                 added, weights, first, tables.log_a, rows.first, rows.each, rows.tail,
                 states, slopes, last, last_slope, total, rows.segment, rows.tokens,
@@ -186,6 +193,13 @@ class Launch:
                 PACKED=self.blocks["PACKED"], BLOCK=CARRIED, num_warps=4,
             )  # fmt: skip
         return states, slopes, last, last_slope
+
+    def _add(self, x_t: Tensor, added: Tensor, weights: Tensor, **kind: bool) -> None:
+        tables, rows = self.tables, self.rows
+        added_kernel[self.grid](
+            x_t, tables.powers, tables.c, tables.step, rows.start, rows.length, added, weights,
+            self.count, rows.tokens, *x_t.stride(), **kind, **self.blocks,
+        )  # fmt: skip
 
     def mix(
         self,
@@ -216,7 +230,7 @@ class Launch:
 
     def shared_gradients(self, x_t: Tensor, dy_t: Tensor, states: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient of the taps [blocks,D,K], and the sums [blocks,4,D,M] for those of c and log_a between chunks."""
-        blocks = cdiv(self.count, self.row_tile)
+        blocks = cdiv(self.count, self.blocks["ROWS"])
         dtaps = self.scratch(blocks, self.channels, self.blocks["CHUNK"])
         sums = self.scratch(blocks, 4, self.channels, self.modes)
         tables, rows = self.tables, self.rows
@@ -247,7 +261,7 @@ class Launch:
                 self.tables.log_a, self.tables.c, dtaps, sums, dlast, slope, other,
                 grads.log_a, grads.c, grads.skip, dtaps.shape[0], self.rows.sequences,
                 HAS_LAST=last is not None, HAS_OTHER=other is not None, HAS_SKIP=grads.skip is not None, FINE=FINE,
-                num_warps=TABLE_WARPS, **{name: self.blocks[name] for name in names},
+                num_warps=TABLE_WARPS[self.blocks["CHUNK"]], **{name: self.blocks[name] for name in names},
             )  # fmt: skip
 
 
@@ -259,76 +273,3 @@ def planes(state: Tensor | None) -> Tensor | None:
 def pairs(state: Tensor) -> Tensor:
     """[S,2,D,M] -> [S,D,M,2], contiguous."""
     return state.movedim(1, 3).contiguous()
-
-
-def forward(
-    x: Tensor,
-    log_a: Tensor,
-    c: Tensor,
-    D: Tensor | None,
-    c_reverse: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse_lag: int,
-) -> tuple[Tensor, Tensor]:
-    """y [B,T,D] in the dtype of x and the final state [S,D,M,2] float32."""
-    launch = Launch(x, log_a, c, D, cu_seqlens)
-    x_t = time_last(x, None, x.dtype).flatten(1)
-    states, _, last, _ = launch.row_states(x_t, planes(initial_state), reverse=False, weighted=False)
-    if c_reverse is None:
-        y_t = launch.mix(x_t, states, reverse=False, in_place=True)
-    else:
-        y_t = launch.mix(x_t, states, reverse=False, dtype=torch.float32)
-        ahead = launch.with_kernel(log_a, c_reverse, reverse_lag)
-        coming, _, _, _ = ahead.row_states(x_t, None, reverse=True, weighted=False)
-        ahead.mix(x_t, coming, reverse=True, onto=y_t)
-        del coming
-    del x_t, states
-    return time_first(y_t.unflatten(1, x.shape[:2]), None, x.dtype)[0], pairs(last)
-
-
-def backward(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    x: Tensor,
-    log_a: Tensor,
-    c: Tensor,
-    D: Tensor | None,
-    c_reverse: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse_lag: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, log_a, c, D, c_reverse and the initial state; empty tensors for those that are absent.
-
-    dfinal: None for zeros.
-    The states before rows of up to 1,024 tokens are computed anew. Orders of summation are fixed, so gradients are the
-    same in every run. To the kernel ahead, dy are tokens that its transpose scans, and x what it is compared with.
-    """
-    launch = Launch(x, log_a, c, D, cu_seqlens)
-    dy_t, dlast = time_last(dy, None, x.dtype).flatten(1), planes(dfinal)
-    leaving, _, dfirst, _ = launch.row_states(dy_t, dlast, reverse=True, weighted=False)
-    dx_t = launch.mix(dy_t, leaving, reverse=True, dtype=None if c_reverse is None else torch.float32)
-    del leaving
-    x_t = time_last(x, None, x.dtype).flatten(1)
-    other, dc_reverse = None, x.new_empty(0)
-    if c_reverse is not None:
-        ahead = launch.with_kernel(log_a, c_reverse, reverse_lag)
-        states, slopes, _, _ = ahead.row_states(dy_t, None, reverse=False, weighted=True)
-        ahead.mix(dy_t, states, reverse=False, onto=dx_t)
-        other = torch.empty(log_a.shape, dtype=torch.float64, device=x.device)
-        dc_reverse = torch.empty(c.shape, dtype=c_reverse.dtype, device=x.device)
-        made = ahead.shared_gradients(dy_t, x_t, states, slopes)
-        ahead.mode_gradients(made, ModeGradients(other, dc_reverse, None), None, None)
-    dx = time_first(dx_t.unflatten(1, x.shape[:2]), None, x.dtype)[0]
-    del dx_t
-    states, slopes, _, last_slope = launch.row_states(x_t, planes(initial_state), reverse=False, weighted=True)
-    dlog_a, dc, dskip = (
-        torch.empty(part.shape if part is not None else 0, dtype=(x if part is None else part).dtype, device=x.device)
-        for part in (log_a, c, D)
-    )
-    made = launch.shared_gradients(x_t, dy_t, states, slopes)
-    grads = ModeGradients(dlog_a, dc, None if D is None else dskip)
-    launch.mode_gradients(made, grads, None if dlast is None else (dlast, last_slope), other)
-    dinitial = pairs(dfirst).to(initial_state.dtype) if initial_state is not None else x.new_empty(0)
-    return dx, dlog_a, dc, dskip, dc_reverse, dinitial

@@ -11,16 +11,11 @@ import triton.language as tl
 
 
 @triton.jit
-def row_block(
-    start_ptr, length_ptr, block, rows, tokens,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Row numbers (int64), their first tokens (int64), their lengths (0 beyond the last row) and the longest.
+def row_extent(start_ptr, length_ptr, row, rows, tokens, SEGMENT: tl.constexpr, PACKED: tl.constexpr):
+    """First tokens (int64) and lengths (int32) of rows whose numbers (int64) come in any shape; 0 beyond the last row.
 
-    Rows of sequences of `tokens` tokens each follow from their numbers; PACKED: they are looked up. WHOLE: every
-    sequence is made of whole chunks, which the compiler must know to load and store several tokens at a time.
+    Rows of sequences of `tokens` tokens each follow from their numbers; PACKED: they are looked up.
     """
-    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     if PACKED:
         start = tl.load(start_ptr + row, mask=row < rows, other=0)
         length = tl.load(length_ptr + row, mask=row < rows, other=0)
@@ -29,6 +24,21 @@ def row_block(
         begin = (row % per) * SEGMENT
         start = (row // per) * tokens + begin
         length = tl.where(row < rows, tl.minimum(tokens - begin, SEGMENT), 0).to(tl.int32)
+    return start, length
+
+
+@triton.jit
+def row_block(
+    start_ptr, length_ptr, block, rows, tokens,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Row numbers (int64), their first tokens (int64), their lengths (0 beyond the last row) and the longest.
+
+    WHOLE: every sequence is made of whole chunks, which the compiler must know to load and store several tokens at a
+    time.
+    """
+    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    start, length = row_extent(start_ptr, length_ptr, row, rows, tokens, SEGMENT, PACKED)
     if WHOLE:
         start = tl.multiple_of(start, CHUNK)
         length = tl.multiple_of(length, CHUNK)

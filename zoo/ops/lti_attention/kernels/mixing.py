@@ -70,11 +70,14 @@ def mix_kernel(
                     lag_of_i = i
                 for block in range(0, (M * BLOCK_K + ROWS - 1) // ROWS):
                     mode, channel, in_rows = state_rows(block, M, P, BLOCK_K, ROWS)
-                    wide = tl.load(
-                        a_ptr + t[:, None] * a_stride_t + channel[None, :],
-                        mask=in_i[:, None] & in_rows[None, :],
-                        other=0.0,
-                    ).to(tl.float32)  # [TILE, ROWS]
+                    if ROWS == BLOCK_K:  # every channel of one mode
+                        wide = a.to(tl.float32)
+                    else:
+                        wide = tl.load(
+                            a_ptr + t[:, None] * a_stride_t + channel[None, :],
+                            mask=in_i[:, None] & in_rows[None, :],
+                            other=0.0,
+                        ).to(tl.float32)  # [TILE, ROWS]
                     if TRANSPOSED:
                         row_steps, column_steps = channel, column * P
                     else:
@@ -83,7 +86,9 @@ def mix_kernel(
                         state = state_tile(
                             states_ptr, mode, row_steps, column_steps, in_rows, in_columns, part, P
                         )  # [ROWS, BLOCK_V]
-                        weight = weight_tile(table_ptr, mode, lag_of_i, in_rows, in_i, part, M, LAGS)
+                        weight = weight_tile(
+                            table_ptr, block, mode, lag_of_i, in_rows, in_i, part, M, LAGS, ROWS == BLOCK_K
+                        )
                         out += product(wide * weight, state, OPERAND)
         out_at = (t * H + head)[:, None] * P + column[None, :]
         tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=in_i[:, None] & in_columns[None, :])

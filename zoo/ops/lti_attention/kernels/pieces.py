@@ -43,7 +43,14 @@ def state_tile(ptr, mode, row_steps, column_steps, row_mask, column_mask, part: 
 
 
 @triton.jit
-def weight_tile(ptr, mode, lag, mode_mask, lag_mask, part: tl.constexpr, M: tl.constexpr, LAGS: tl.constexpr):
-    """Tile [LAG, ROWS] of the table [2,M,LAGS] of one head."""
-    at = (part * M + mode)[None, :] * LAGS + lag[:, None]
-    return tl.load(ptr + at, mask=lag_mask[:, None] & mode_mask[None, :], other=0.0)
+def weight_tile(
+    ptr, block, mode, lag, mode_mask, lag_mask, part: tl.constexpr, M: tl.constexpr, LAGS: tl.constexpr,
+    ALONE: tl.constexpr,
+):  # fmt: skip
+    """Tile [LAG, ROWS] of the table [2,M,LAGS] of one head; ALONE: all rows are of mode `block`, [LAG, 1]."""
+    if ALONE:
+        weight = tl.load(ptr + (part * M + block) * LAGS + lag, mask=lag_mask, other=0.0)[:, None]
+    else:
+        at = (part * M + mode)[None, :] * LAGS + lag[:, None]
+        weight = tl.load(ptr + at, mask=lag_mask[:, None] & mode_mask[None, :], other=0.0)
+    return weight

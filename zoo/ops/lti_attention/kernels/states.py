@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.ops.lti_attention.kernels.pieces import state_rows, state_tile
+from zoo.ops.lti_attention.kernels.pieces import state_rows, state_tile, weight_tile
 from zoo.ops.semiseparable.kernels.decay import load_tokens, product, token_range
 
 
@@ -31,7 +31,8 @@ def states_kernel(
     sequence = (tl.program_id(0) // H).to(tl.int64)
     head = (tl.program_id(0) % H).to(tl.int64)
     start, end, slot = token_range(sequence, cu_ptr, T, CHUNK, PACKED)
-    mode, channel, in_rows = state_rows(tl.program_id(1), M, P, BLOCK_K, ROWS)
+    block = tl.program_id(1)
+    mode, channel, in_rows = state_rows(block, M, P, BLOCK_K, ROWS)
     in_modes = mode < M
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_columns = column < P
@@ -40,8 +41,13 @@ def states_kernel(
     ends = (sequence * H + head) * (M * 2 * P * P)
     left_ptr += head * left_stride_h
     right_ptr += head * right_stride_h
-    power_row = powers_ptr + head * (2 * M * (CHUNK + 1)) + mode * (CHUNK + 1)
-    read_row = read_ptr + head * (2 * M * CHUNK) + mode * CHUNK
+    powers = powers_ptr + head * (2 * M * (CHUNK + 1))
+    power_row = powers + mode * (CHUNK + 1)
+    if REVERSE:
+        table = read_ptr + head * (2 * M * CHUNK)
+    else:
+        table = powers
+    LAGS: tl.constexpr = CHUNK if REVERSE else CHUNK + 1
 
     re = tl.zeros([ROWS, BLOCK_V], tl.float32)
     im = tl.zeros([ROWS, BLOCK_V], tl.float32)
@@ -77,16 +83,14 @@ def states_kernel(
                 other=0.0,
             ).to(tl.float32)  # [ROWS, TILE]
             right = load_tokens(right_ptr, t, right_stride_t, column, in_chunk, in_columns)  # [TILE, BLOCK_V]
-            weighed = in_modes[:, None] & in_chunk[None, :]
             if REVERSE:
-                weight_re = tl.load(read_row[:, None] + step[None, :], mask=weighed, other=0.0)
-                weight_im = tl.load(read_row[:, None] + M * CHUNK + step[None, :], mask=weighed, other=0.0)
+                lag = step
             else:
                 lag = filled - 1 - step
-                weight_re = tl.load(power_row[:, None] + lag[None, :], mask=weighed, other=0.0)
-                weight_im = tl.load(power_row[:, None] + M * (CHUNK + 1) + lag[None, :], mask=weighed, other=0.0)
-            re += product(left * weight_re, right, OPERAND)
-            im += product(left * weight_im, right, OPERAND)
+            weight_re = weight_tile(table, block, mode, lag, in_modes, in_chunk, 0, M, LAGS, ROWS == BLOCK_K)
+            weight_im = weight_tile(table, block, mode, lag, in_modes, in_chunk, 1, M, LAGS, ROWS == BLOCK_K)
+            re += product(left * tl.trans(weight_re), right, OPERAND)
+            im += product(left * tl.trans(weight_im), right, OPERAND)
     if STORE_LAST:
         tl.store(last_ptr + ends + inside, re, mask=in_state)
         tl.store(last_ptr + ends + inside + P * P, im, mask=in_state)
