@@ -16,7 +16,7 @@ from sequence_mixer.shapes import expect_floating, expect_same_device, expect_sh
 from zoo.ops.cauchy.chunked import cauchy_chunked
 from zoo.ops.cauchy.reference import cauchy_reference
 from zoo.ops.cauchy.triton_path import cauchy_triton
-from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
+from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select, without_autocast
 
 __all__ = ["cauchy_kernel", "flops"]
 
@@ -48,7 +48,7 @@ def cauchy_kernel(v: Tensor, w: Tensor, z: Tensor, q: Tensor | None = None, *, b
     moving = torch.is_grad_enabled() and (z.requires_grad or (q is not None and q.requires_grad))
     facts = {"sums": sizes["R"], "nodes_move": moving, "empty": v.numel() == 0 or z.numel() == 0}
     fn = select("cauchy_kernel", backend, (v, w, z, q), facts)
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         y: Tensor = fn(v, w, z, q)
     return y
 

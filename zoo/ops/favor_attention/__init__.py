@@ -17,7 +17,7 @@ from sequence_mixer.shapes import (
     expect_same_device,
     expect_shape,
 )
-from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
+from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select, without_autocast
 from zoo.ops.favor_attention.chunked import favor_attention_chunked
 from zoo.ops.favor_attention.cost import flops
 from zoo.ops.favor_attention.features import FEATURES, expect_features, feature_count
@@ -99,7 +99,7 @@ def favor_attention(
         return q[..., :1] * v.new_zeros(sizes["P"]), state
     facts = {"compat": compat, "trained_projection": projection.requires_grad, "N": sizes["N"], "P": sizes["P"]}
     fn = select("favor_attention", backend, (v, q, k, projection, initial_state), facts)
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         y, final_state = fn(
             q, k, v, projection, features, causal, eps, feature_eps, compat, padding_mask, initial_state, cu_seqlens
         )

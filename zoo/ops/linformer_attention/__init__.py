@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sequence_mixer.errors import DtypeError, ShapeError
 from sequence_mixer.shapes import expect_floating, expect_padding_mask, expect_same_device, expect_shape
-from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
+from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select, without_autocast
 from zoo.ops.linformer_attention import chunked, reference
 from zoo.ops.linformer_attention.triton_path import linformer_attention_triton
 
@@ -66,7 +65,7 @@ def linformer_attention(
     }
     attend = select("linformer_attention", backend, (q, k, v, E, F), facts)
     E, F = E[..., :tokens].to(q.dtype), F[..., :tokens].to(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         y: Tensor = attend(q, k, v, E, F, padding_mask=padding_mask)
     return y
 

@@ -6,12 +6,11 @@ Source: the convolution of S4 (Gu et al. 2022), H3 (Fu, Dao et al. 2023, gates a
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sequence_mixer.errors import ConfigError, DtypeError, ShapeError
 from sequence_mixer.shapes import expect_cu_seqlens, expect_floating, expect_same_device, expect_shape
-from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
+from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select, without_autocast
 from zoo.ops.long_convolution.call import Convolution
 from zoo.ops.long_convolution.chunked import convolve_chunked
 from zoo.ops.long_convolution.cost import flops
@@ -88,7 +87,7 @@ def long_convolution(
     tensors = (x, kernel, D, reverse_kernel, pre_gate, post_gate)
     convolve = select("long_convolution", backend, tensors, facts)
     call = Convolution(kernel, D, reverse_kernel, reverse_lag, pre_gate, post_gate, cu_seqlens)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y: Tensor = convolve(x, call)
     return y
 

@@ -5,7 +5,6 @@ Source: Gu et al. 2022 (S4D, arXiv 2206.11893); also S4 after diagonalising its 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sequence_mixer.errors import ConfigError, ShapeError
@@ -16,7 +15,7 @@ from sequence_mixer.shapes import (
     expect_same_device,
     expect_shape,
 )
-from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
+from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select, without_autocast
 from zoo.ops.lti.call import Scan
 from zoo.ops.lti.chunked import scan_chunked
 from zoo.ops.lti.cost import flops
@@ -89,7 +88,7 @@ def lti_scan(
     facts = {"modes": sizes["M"], "packed": cu_seqlens is not None}
     fn = select("lti_scan", backend, list(tensors.values()), facts)
     scan = Scan(log_a, c, D, c_reverse, reverse_lag, initial_state, cu_seqlens)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y, final_state = fn(x, scan)
     return y, final_state
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sequence_mixer.errors import ShapeError
 from sequence_mixer.shapes import accumulation_dtype, expect_floating, expect_same_device, expect_shape
 from zoo.ops.custom import refuse_higher_order
-from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
+from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select, without_autocast
 from zoo.ops.in_place import expect_in_place
 from zoo.ops.lti import lti_scan
 from zoo.ops.lti.call import Scan
@@ -47,7 +47,7 @@ def lti_scan_step(
     expect_same_device(x, log_a=log_a, c=c, D=D, state=state)
     expect_in_place("lti_scan_step", "lti_scan", state, accumulation_dtype(x.dtype), x, log_a, c, D)
     fn = select("lti_scan_step", backend, (x,), {"modes": sizes["M"]})
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y: Tensor = fn(x, log_a, c, D, state)
     return y
 

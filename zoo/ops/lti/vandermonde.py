@@ -21,6 +21,7 @@ from torch import Tensor
 from sequence_mixer.errors import DtypeError, ShapeError
 from sequence_mixer.shapes import accumulation_dtype, expect_floating, expect_same_device, expect_shape
 from zoo.ops.custom import flop_formula, refuse_higher_order
+from zoo.ops.dispatch import without_autocast
 from zoo.ops.lti.modes import powers, times
 
 __all__ = ["lti_kernel", "lti_moments"]
@@ -113,7 +114,7 @@ def _kernel(log_a: Tensor, c: Tensor, length: int, dtype: torch.dtype) -> Tensor
     if out.numel() == 0 or modes == 0:
         return out.zero_()
     step = _blocks(modes, sequences, length)
-    with torch.autocast(c.device.type, enabled=False):
+    with without_autocast(c):
         if _by_kernels(c, dtype):
             from zoo.ops.lti.kernels.levels import kernel_block
 
@@ -146,7 +147,7 @@ def _moments(log_a: Tensor, weights: Tensor, kinds: int, dtype: torch.dtype) -> 
         return out.zero_()
     coarse, fine = _levels(length)
     step = _blocks(modes, sequences, length)
-    with torch.autocast(weights.device.type, enabled=False):
+    with without_autocast(weights):
         if _by_kernels(weights, dtype):
             from zoo.ops.lti.kernels.levels import moment_block
 

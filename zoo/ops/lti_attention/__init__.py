@@ -5,7 +5,6 @@ Source: Fu, Dao et al. 2023 (arXiv 2212.14052), the diagonal SSM of H3 between i
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sequence_mixer.errors import DtypeError, ShapeError
@@ -16,7 +15,7 @@ from sequence_mixer.shapes import (
     expect_same_device,
     expect_shape,
 )
-from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
+from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select, without_autocast
 from zoo.ops.lti_attention.chunked import lti_attention_chunked
 from zoo.ops.lti_attention.cost import flops, kernel_flops
 from zoo.ops.lti_attention.fft import lti_attention_fft
@@ -61,7 +60,7 @@ def lti_attention(
     initial_state = None if initial_state is None else initial_state.to(accumulation_dtype(v.dtype))
     facts = {"P": sizes["P"], "M": sizes["M"], "empty": v.numel() == 0}
     fn = select("lti_attention", backend, (v, q, k, log_a, c, D, initial_state), facts)
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         y, final_state = fn(q, k, v, log_a, c, D, initial_state, cu_seqlens)
     return y, final_state
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sequence_mixer.errors import DtypeError, ShapeError
 from sequence_mixer.shapes import accumulation_dtype, expect_floating, expect_same_device, expect_shape
 from zoo.ops.custom import refuse_higher_order
-from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
+from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select, without_autocast
 from zoo.ops.in_place import expect_in_place
 from zoo.ops.lti_attention import lti_attention
 from zoo.ops.lti_attention.one_token import one_token
@@ -59,7 +59,7 @@ def lti_attention_step(
     expect_same_device(q, k=k, v=v, log_a=log_a, c=c, D=D, state=state)
     expect_in_place("lti_attention_step", "lti_attention", state, accumulation_dtype(v.dtype), q, k, v, log_a, c, D)
     fn = select("lti_attention_step", backend, (v,), {"P": sizes["P"], "modes": sizes["M"]})
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         y: Tensor = fn(q, k, v, log_a, c, D, state)
     return y
 

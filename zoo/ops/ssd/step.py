@@ -12,7 +12,7 @@ from torch import Tensor
 from sequence_mixer.errors import ConfigError, DtypeError, ShapeError
 from sequence_mixer.shapes import accumulation_dtype, expect_floating, expect_same_device, expect_shape
 from zoo.ops.custom import refuse_higher_order
-from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
+from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select, without_autocast
 from zoo.ops.in_place import expect_in_place
 from zoo.ops.ssd import ssd
 
@@ -68,7 +68,7 @@ def ssd_step(
         raise ConfigError(f"dt_limit is {dt_limit}, wanted (smallest, largest) with smallest <= largest")
     expect_in_place("ssd_step", "ssd", state, accumulation_dtype(x.dtype), x, dt, A, B, C, D, dt_bias)
     fn = select("ssd_step", backend, (x,), {"N": sizes["N"]})
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y: Tensor = fn(x, dt, A, B, C, D, dt_bias, state, dt_softplus, float(low), float(high))
     return y
 

@@ -5,12 +5,11 @@ y = w2 act(w1 x + b1) + b2 on x [T,D]. Source: Tolstikhin et al. 2021 (arXiv 210
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sequence_mixer.errors import ConfigError, ShapeError
 from sequence_mixer.shapes import expect_floating, expect_same_device, expect_shape
-from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
+from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select, without_autocast
 from zoo.ops.token_mlp import chunked, reference
 from zoo.ops.token_mlp.triton_path import token_mlp_triton
 
@@ -69,7 +68,7 @@ def token_mlp(
         w1, w2 = w1.tril(), w2.tril()
     b1 = None if b1 is None else b1[:units].to(x.dtype)
     b2 = None if b2 is None else b2[:tokens].to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y: Tensor = mix(x, w1, b1, w2, b2, tanh=activation == "gelu_tanh")
     return y
 

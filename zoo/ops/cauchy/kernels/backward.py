@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.cauchy.kernels.poles import BLOCK_K, load_nodes, load_pairs, on_device, reciprocals
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 
 BLOCK_N = 4
 
 
-@triton.jit(do_not_specialize=["K"])
+@launched(do_not_specialize=["K"])
 def _cauchy_bwd(
     dy_ptr, v_ptr, w_ptr, z_ptr, q_ptr,  # [D,R,K,2] [D,R,N,2] [D,N,2] [K,2] [K,2], contiguous
     dv_ptr, dw_ptr,  # -> [D,R,N,2] [D,N,2]

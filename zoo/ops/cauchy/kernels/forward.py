@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.cauchy.kernels.poles import BLOCK_K, load_nodes, load_pairs, on_device, reciprocals
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 
 
-@triton.jit(do_not_specialize=["K"])
+@launched(do_not_specialize=["K"])
 def _cauchy_fwd(
     v_ptr, w_ptr, z_ptr, q_ptr, y_ptr,  # [D,R,N,2] [D,N,2] [K,2] [K,2] -> [D,R,K,2], contiguous
     K, R: tl.constexpr, N: tl.constexpr, HAS_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -17,6 +17,7 @@ from zoo.ops.favor_attention.kernels.walk import (
     rows_at,
     store_rows,
 )
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import LN2
 
 
@@ -49,7 +50,7 @@ def settle(log, scale, begun, step, AXIS: tl.constexpr, CHUNK: tl.constexpr):
     return scale, tl.min(tl.where((excess > LIMIT2) & (step > begun), step, CHUNK), axis=0)
 
 
-@triton.jit
+@launched
 def border_read_kernel(
     reader_ptr, writer_ptr, payload_ptr,  # [BT,.,N] [BT,.,N] [BT,.,P]: q, k, v, or k, q, dy in reverse
     hi_ptr, lo_ptr,  # [M,N] each, log2(e) N^-1/4 times the projection (without log2(e) for ReLU features)

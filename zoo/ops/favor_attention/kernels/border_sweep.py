@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from zoo.ops.favor_attention.kernels.features import leave
@@ -17,11 +16,12 @@ from zoo.ops.favor_attention.kernels.walk import (
     origin,
     rows_at,
 )
+from zoo.ops.kernels.launcher import launched
 
 GROWTH = tl.constexpr(20.0)  # most that a writer's binary logarithm exceeds the scale of the sums
 
 
-@triton.jit
+@launched
 def border_sweep_kernel(
     writer_ptr, payload_ptr,  # [BT,.,N] [BT,.,P]: k, v, or q, dy in reverse
     hi_ptr, lo_ptr,  # [M,N] each, log2(e) N^-1/4 times the projection (without log2(e) for ReLU features)

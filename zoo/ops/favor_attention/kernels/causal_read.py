@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from zoo.ops.favor_attention.kernels.features import (
@@ -16,11 +15,12 @@ from zoo.ops.favor_attention.kernels.features import (
     project_rows,
     write,
 )
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import exp
 from zoo.ops.semiseparable.kernels.decay import product
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@launched(do_not_specialize=["tokens"])
 def causal_read_kernel(
     reader_ptr, writer_ptr, payload_ptr,  # [BT,.,N] [BT,.,N] [BT,.,P]: q, k, v, or k, q, dy in reverse
     hi_ptr, lo_ptr,  # [M,N] each, N^-1/4 times the projection

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import exp
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def combine_kernel(
     part_ptr, part_log_ptr, out_ptr, log_total_ptr,  # [slices,BTH,P], [slices,BTH] float32, [BTH,P], [BTH] float32
     rows, slices, P: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -40,7 +40,7 @@ def combine_kernel(
     tl.store(log_total_ptr + row, tl.where(seen, highest + tl.log(total), float("inf")), mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def delta_kernel(
     dy_ptr, y_ptr, dlog_ptr, delta_ptr,  # [BTH,P], [BTH,P], [BTH] float32, [BTH] float32, all contiguous
     rows, P: tl.constexpr, ROWS: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -56,7 +56,7 @@ def delta_kernel(
     tl.store(delta_ptr + row, tl.sum(dy * y, axis=1) - dlog, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def half_square_kernel(
     x_ptr, half_ptr,  # [BT,G,N], [BT,G] float32
     rows, scale, stride_t, stride_h, G: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from zoo.ops.favor_attention.kernels.features import leave, load_projection
@@ -21,10 +20,11 @@ from zoo.ops.favor_attention.kernels.walk import (
     rows_at,
     store_rows,
 )
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import LOG2E
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@launched(do_not_specialize=["tokens"])
 def walk_gradient_kernel(
     reader_ptr, writer_ptr, beside_ptr, payload_ptr,  # [BT,.,N] [BT,.,N] [BT,.,P] [BT,.,P]: q, k, dy, v or k, q, v, dy
     hi_ptr, lo_ptr, rows_ptr,  # [M,N] each: log2(e) N^-1/4 times the projection as a sum, and in bfloat16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from zoo.ops.favor_attention.kernels.features import leave
@@ -22,10 +21,11 @@ from zoo.ops.favor_attention.kernels.walk import (
     rows_at,
     store_rows,
 )
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import LN2
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@launched(do_not_specialize=["tokens"])
 def walk_read_kernel(
     reader_ptr, writer_ptr, payload_ptr,  # [BT,.,N] [BT,.,N] [BT,.,P]: q, k, v, or k, q, dy in reverse
     hi_ptr, lo_ptr,  # [M,N] each, log2(e) N^-1/4 times the projection (without log2(e) for ReLU features)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from zoo.ops.favor_attention.kernels.features import (
@@ -19,11 +18,12 @@ from zoo.ops.favor_attention.kernels.features import (
     project_rows,
     slope_of,
 )
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import exp
 from zoo.ops.semiseparable.kernels.decay import product
 
 
-@triton.jit
+@launched
 def whole_sum_kernel(
     writer_ptr, payload_ptr,  # [BT,.,N] [BT,.,P]: k, v, or q, dy in reverse
     hi_ptr, lo_ptr,  # [M,N] each, N^-1/4 times the projection
@@ -81,7 +81,7 @@ def whole_sum_kernel(
     leave(last_ptr + state_at, sums, total, top, m, p, in_m, in_p, P, False)
 
 
-@triton.jit
+@launched
 def whole_read_kernel(
     reader_ptr, hi_ptr, lo_ptr, sums_ptr,  # [BT,.,N]: q, or k in reverse; [M,N] each; [S,H,M,P+2] float32
     owner_ptr, origin_ptr, ends_ptr,  # int64 [blocks], [blocks], [S]: sequence and first token of each block of readers
@@ -143,7 +143,7 @@ def whole_read_kernel(
     tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=in_seq[:, None] & in_p[None, :])
 
 
-@triton.jit
+@launched
 def whole_gradient_kernel(
     reader_ptr, beside_ptr, hi_ptr, lo_ptr, sums_ptr,  # q, dy, or k, v in reverse; [M,N] each; [S,H,M,P+2] float32
     log_total_ptr, delta_ptr,  # [BT,H] float32, in the forward direction only

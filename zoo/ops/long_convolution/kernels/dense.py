@@ -7,13 +7,13 @@ aligned run of vectors of COPIES taps, which goes to shared memory like the tile
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import dot
 
 
-@triton.jit(do_not_specialize=["taps", "origin"])
+@launched(do_not_specialize=["taps", "origin"])
 def copies_kernel(
     taps_ptr, out_ptr,  # [D,W] float32; [D,COPIES,length] bfloat16
     taps, length, origin,
@@ -36,7 +36,7 @@ def copies_kernel(
     tl.store(at, value.to(out_ptr.dtype.element_ty), mask=(place < length)[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "rows", "first", "last", "nothing"])
+@launched(do_not_specialize=["B", "rows", "first", "last", "nothing"])
 def dense_kernel(
     u_ptr, copies_ptr, y_ptr,  # [D,B,T], [D,COPIES,length], [D,B,T]
     T, B, rows, length, first, last, nothing,

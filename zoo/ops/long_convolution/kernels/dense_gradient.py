@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import dot
 
 LANES = tl.constexpr(32)  # tokens of a block of pairs: as many as a warp has threads, so that a turn is one shuffle
@@ -25,7 +26,7 @@ def block_sums(pairs, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
     return same, tl.sum(tl.where(i >= e, 0.0, turned), axis=1)
 
 
-@triton.jit(do_not_specialize=["B", "D", "first", "nothing"])
+@launched(do_not_specialize=["B", "D", "first", "nothing"])
 def dense_gradient_kernel(
     u_ptr, dy_ptr, sums_ptr,  # [D,B,T], [D,B,T]; [CHUNK/32,2,D,groups,WIDTH] float32
     T, B, D, first, nothing,
@@ -78,7 +79,7 @@ def dense_gradient_kernel(
     tl.store(at + D * groups.to(tl.int64) * WIDTH, earlier)
 
 
-@triton.jit(do_not_specialize=["taps", "D", "begin"])
+@launched(do_not_specialize=["taps", "D", "begin"])
 def join_kernel(
     sums_ptr, out_ptr,  # [CHUNK/32,2,D,lags] float32, [D,W] float32
     taps, lags, D, begin,

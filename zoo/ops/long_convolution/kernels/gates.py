@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.semiseparable.kernels.launch import on_device
 
@@ -25,7 +26,7 @@ def _place(T, B, D: tl.constexpr, TILE: tl.constexpr):
     return part // along, t, d
 
 
-@triton.jit(do_not_specialize=["B"])
+@launched(do_not_specialize=["B"])
 def time_last_kernel(
     x_ptr, gate_ptr, out_ptr,  # [B,T,D] by strides, twice; [D,B,length] contiguous
     T, length, B, x_stride_b, x_stride_t, gate_stride_b, gate_stride_t,
@@ -42,7 +43,7 @@ def time_last_kernel(
     tl.store(out_ptr + (d[None, :] * B + b) * length + t[:, None], value.to(out_ptr.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["B"])
+@launched(do_not_specialize=["B"])
 def time_first_kernel(
     x_ptr, gate_ptr, second_gate_ptr,  # [D,B,T] by strides, tokens contiguous; [B,T,D] by strides, twice
     out_ptr, second_ptr,  # [B,T,D] contiguous

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.long_convolution.fft import fft_length
 from zoo.ops.semiseparable.kernels.launch import on_device
@@ -33,7 +34,7 @@ def _spectrum(z_ptr, f, mirrored, cosine, sine, mask):
     return even_re + turned_re, even_im + turned_im, even_re - turned_re, even_im - turned_im
 
 
-@triton.jit(do_not_specialize=["share", "terms"])
+@launched(do_not_specialize=["share", "terms"])
 def product_kernel(
     a_ptr, b_ptr, turn_ptr, out_ptr,  # [rows terms,N,2], [rows terms / share,N,2], [N//2+1,2], [rows,N,2], all float32
     N, share, terms, scale,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from zoo.ops.kernels.diagonals import diagonal_sums
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import add_product
 from zoo.ops.semiseparable.kernels.decay import product
 
@@ -26,7 +27,7 @@ def _load_rows(ptr, first, step, begin, end):
     return tl.load(ptr + t, mask=(t >= begin[:, None]) & (t < end[:, None]), other=0.0)
 
 
-@triton.jit(do_not_specialize=["rows", "taps", "ahead"])
+@launched(do_not_specialize=["rows", "taps", "ahead"])
 def toeplitz_kernel(
     u_ptr, taps_ptr, y_ptr,  # [D,BT], [D,W] float32, [D,BT], contiguous
     start_ptr, begin_ptr, end_ptr,  # int64 [rows]: first token of a row; begin and end of its sequence
@@ -64,7 +65,7 @@ def toeplitz_kernel(
     tl.store(y_ptr + channel * tokens + t, y.to(y_ptr.dtype.element_ty), mask=t < end[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "first"])
+@launched(do_not_specialize=["rows", "first"])
 def tap_gradient_kernel(
     u_ptr, dy_ptr, start_ptr, begin_ptr, end_ptr,  # [D,BT] contiguous, twice; int64 [rows]
     sums_ptr,  # [apart,2,D,CHUNK] float32

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from zoo.ops.kernels.diagonals import diagonal_sums
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.lti.kernels.pieces import advance, load_chunk, load_powers, load_states, load_step, row_block
 from zoo.ops.semiseparable.kernels.decay import product
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def shared_gradient_kernel(
     x_ptr, dy_ptr, power_ptr, step_ptr,  # [D,BT] by strides, twice; [D,2,CHUNK+1,M] and [D,4,M] float32
     start_ptr, length_ptr,  # int64 [rows], int32 [rows]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import dot
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.lti.kernels.phases import exponential
@@ -18,7 +18,7 @@ SPAN = (64, 128, 4, 3)  # coarse and fine lags of a program that makes kernels, 
 MOMENT = (16, 128, 4, 3)  # of one that makes moments
 
 
-@triton.jit(do_not_specialize=["rows", "count", "spacing"])
+@launched(do_not_specialize=["rows", "count", "spacing"])
 def level_kernel(
     log_a_ptr, c_ptr, out_ptr,  # [d,M,2] [S,d,M,2] by stride of S; [S,d,2M,count], or [S,d,count,2M], float32
     rows, count, spacing, c_stride_s,
@@ -56,7 +56,7 @@ def level_kernel(
     tl.store(at + across, im.to(tl.float32), mask=inside)
 
 
-@triton.jit(do_not_specialize=["channels"])
+@launched(do_not_specialize=["channels"])
 def span_kernel(
     left_ptr, right_ptr, out_ptr,  # [S,d,2M,coarse] and [d,2M,fine] float32; [S,d,length] float32 by stride of S
     channels, coarse, fine, length, out_stride_s,
@@ -87,7 +87,7 @@ def span_kernel(
     tl.store(out_ptr + sequence * out_stride_s + channel * length + lag, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["channels"])
+@launched(do_not_specialize=["channels"])
 def moment_kernel(
     high_ptr, low_ptr,  # e^{q fine log_a} [d,coarse,2M], e^{r log_a} [d,fine,2M], float32
     weights_ptr, out_ptr,  # [S,d,length] by strides; [kinds,S,d,M,2] float32 by strides

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.lti.kernels.pieces import (
     advance,
     inside_rows,
@@ -19,7 +19,7 @@ from zoo.ops.lti.kernels.pieces import (
 from zoo.ops.semiseparable.kernels.decay import product
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def mix_kernel(
     x_ptr, power_ptr, c_ptr,  # [D,BT] by strides; [D,2,CHUNK+1,M] float32, and [D,M,2]
     taps_ptr, step_ptr,  # [D,CHUNK] and [D,4,M] float32

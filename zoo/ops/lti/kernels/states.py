@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.lti.kernels.phases import exponential
 from zoo.ops.lti.kernels.pieces import (
     advance,
@@ -18,7 +18,7 @@ from zoo.ops.lti.kernels.pieces import (
 from zoo.ops.semiseparable.kernels.decay import product
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def added_kernel(
     x_ptr, power_ptr, c_ptr, step_ptr,  # [D,BT] by strides; [D,2,CHUNK+1,M], [D,M,2] and [D,4,M] float32
     start_ptr, length_ptr,  # int64 [rows], int32 [rows]
@@ -77,7 +77,7 @@ def added_kernel(
         store_states(weighted_ptr, row, length, channel, m, w_re, w_im, D, M)
 
 
-@triton.jit(do_not_specialize=["segment", "tokens"])
+@launched(do_not_specialize=["segment", "tokens"])
 def carry_kernel(
     added_ptr, weighted_ptr,  # [rows,2,D M] float32
     first_ptr, log_a_ptr,  # [S,2,D M] float32, [D M,2]

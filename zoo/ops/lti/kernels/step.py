@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv, next_power_of_2, rows, warps_for
 from zoo.ops.semiseparable.kernels.launch import on_device
 
@@ -19,7 +20,7 @@ SEQUENCES = 4  # of one program
 FACTORS = 256  # modes of a program that makes factors
 
 
-@triton.jit
+@launched
 def factor_kernel(
     log_a_ptr, c_ptr, rate_ptr, weight_ptr,  # [D M,2] [D M,2] -> [D M,2] [D M,2], float32
     modes, BLOCK: tl.constexpr,
@@ -44,7 +45,7 @@ def _pairs(part, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
     return tl.split(tl.reshape(part, [BLOCK_D, BLOCK_M, 2]))
 
 
-@triton.jit
+@launched
 def modes_step_kernel(
     x_ptr, k_ptr, q_ptr, rate_ptr, weight_ptr, skip_ptr,  # [B,D] [B,D] [B,D] [D,M,2] [D,M,2] [D]
     state_ptr, y_ptr,  # [B,D,M,2] in place, -> [B,D]

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.semiseparable.kernels.launch import on_device
 
@@ -33,7 +34,7 @@ def positive(x, KIND: tl.constexpr, FLOOR: tl.constexpr):
     return x
 
 
-@triton.jit
+@launched
 def system_kernel(
     dt_ptr, rate_ptr, turn_ptr, B_ptr, C_ptr,  # [D,1] or [D,M], [S,M], [S,M], [S,M,2], [D,M,2]
     less_ptr, weight_ptr,  # -> [D,M,2] [D,M,2], float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.lti.kernels.phases import exponential
 
 
@@ -31,7 +32,7 @@ def _load_modes(ptr, at, mask):
     return re, tl.load(ptr + at * 2 + 1, mask=mask, other=0.0).to(tl.float64)
 
 
-@triton.jit
+@launched
 def table_kernel(
     log_a_ptr, c_ptr, skip_ptr,  # [D,M,2] [D,M,2] [D]
     power_ptr, taps_ptr, step_ptr,  # [D,2,CHUNK+1,M] [D,CHUNK] [D,4,M], float32
@@ -74,7 +75,7 @@ def table_kernel(
     tl.store(step + 3 * M, (im - rounded_im.to(tl.float64)).to(tl.float32), mask=in_modes)
 
 
-@triton.jit(do_not_specialize=["blocks", "sequences"])
+@launched(do_not_specialize=["blocks", "sequences"])
 def mode_gradient_kernel(
     log_a_ptr, c_ptr,  # [D,M,2]
     dtaps_ptr, sums_ptr,  # [blocks,D,CHUNK] and [blocks,4,D,M] float32, of shared_gradient_kernel

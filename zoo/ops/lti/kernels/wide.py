@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.lti.kernels.pieces import row_block
 from zoo.ops.semiseparable.kernels.decay import product
 
@@ -91,7 +92,7 @@ def wide_states(ptr, row, length, channel, m, D: tl.constexpr, M: tl.constexpr):
     return at, (length > 0)[None, :, None] & (m < M)[None, None, :]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def wide_added_kernel(
     x_ptr, power_ptr, c_ptr,  # [BT,D] by strides; [D,2,CHUNK+1,M] float32, and [D,M,2]
     start_ptr, length_ptr,  # int64 [rows], int32 [rows]
@@ -150,7 +151,7 @@ def wide_added_kernel(
             tl.store(at + D * M, w_im, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def wide_mix_kernel(
     x_ptr, power_ptr, c_ptr, taps_ptr,  # [BT,D] by strides; [D,2,CHUNK+1,M] float32, [D,M,2] and [D,CHUNK] float32
     start_ptr, length_ptr, states_ptr,  # int64 [rows], int32 [rows], [rows,2,D,M] float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.lti.kernels.pieces import row_extent
 from zoo.ops.lti.kernels.wide import wide_channels, wide_mode, wide_powers, wide_rows, wide_states
 from zoo.ops.semiseparable.kernels.decay import product
@@ -68,7 +69,7 @@ def add_products(sum_re, sum_im, a_re, a_im, b_re, b_im):
     return sum_re, sum_im
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched(do_not_specialize=["rows"])
 def wide_gradient_kernel(
     x_ptr, dy_ptr, power_ptr,  # [BT,D] by strides, twice; [D,2,CHUNK+1,M] float32
     start_ptr, length_ptr,  # int64 [rows], int32 [rows]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.lti_attention.kernels.pieces import chunk_span, state_rows, state_tile, weight_tile
 from zoo.ops.semiseparable.kernels.decay import load_tokens, product
 
 
-@triton.jit(do_not_specialize=["T"])
+@launched(do_not_specialize=["T"])
 def mix_kernel(
     a_ptr, b_ptr, w_ptr,  # [BT,H,P] each
     taps_ptr, table_ptr,  # [H,CHUNK]; read [H,2,M,LAGS=CHUNK], in reverse powers [H,2,M,LAGS=CHUNK+1]; float32

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.lti_attention.kernels.pieces import state_rows, state_tile, weight_tile
 from zoo.ops.semiseparable.kernels.decay import load_tokens, product, token_range
 
 
-@triton.jit(do_not_specialize=["T"])
+@launched(do_not_specialize=["T"])
 def states_kernel(
     left_ptr, right_ptr,  # [BT,H,P]: k and v, or q and dy in reverse
     powers_ptr, read_ptr,  # [H,2,M,CHUNK+1] [H,2,M,CHUNK] float32, contiguous

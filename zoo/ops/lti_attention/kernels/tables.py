@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.lti_attention.kernels.pieces import chunk_span, state_rows, state_tile
 from zoo.ops.semiseparable.kernels.decay import load_tokens, product
 
 
-@triton.jit(do_not_specialize=["T", "slots", "each"])
+@launched(do_not_specialize=["T", "slots", "each"])
 def tap_gradient_kernel(
     q_ptr, k_ptr, v_ptr, dy_ptr,  # [BT,H,P] each
     cu_ptr, owner_ptr,  # int [S+1]; int64 [slots]
@@ -51,7 +51,7 @@ def tap_gradient_kernel(
     tl.store(sums_ptr + at + step[:, None] * TILE + step[None, :], sums)
 
 
-@triton.jit(do_not_specialize=["T", "slots"])
+@launched(do_not_specialize=["T", "slots"])
 def table_gradient_kernel(
     a_ptr, b_ptr,  # [BT,H,P]: q and dy, with POWERS k and v
     states_ptr, entering_ptr,  # [slots,H,M,2,P,P]: states that enter; POWERS: gradients of those that leave, and they

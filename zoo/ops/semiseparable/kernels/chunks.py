@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import LOG2E
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.kernels.time_step import softplus
@@ -118,7 +119,7 @@ def time_steps(raw, HAS_SOFTPLUS: tl.constexpr, low, high):
     return reached, clamped
 
 
-@triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
+@launched(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
 def sums_kernel(
     dt_ptr, bias_ptr, A_ptr, table_ptr, s_ptr, r_ptr,  # [B,T,H] [H] [H] -> [H,count,Q] twice
     T, PER_SEQUENCE, COUNT, stride, low, high,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.semiseparable.kernels.decay import (
     at_end,
     carry,
@@ -19,7 +19,7 @@ from zoo.ops.semiseparable.kernels.decay import (
 )
 
 
-@triton.jit(do_not_specialize=["T"])
+@launched(do_not_specialize=["T"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr,  # [BT,G,N] [BT,G,N] [BT,H,P]
     a_ptr, scale_ptr,  # [BT,H] float32, contiguous

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.semiseparable.kernels.decay import (
     at_end,
     chunk_decay,
@@ -31,7 +32,7 @@ def chunk_of(owner_ptr, cu_ptr, T, H: tl.constexpr, CHUNK: tl.constexpr, PACKED:
     return slot, head, start + (slot - first_slot) * CHUNK, end
 
 
-@triton.jit(do_not_specialize=["T"])
+@launched(do_not_specialize=["T"])
 def value_gradient_kernel(
     q_ptr, k_ptr, v_ptr, dy_ptr,  # [BT,G,N] [BT,G,N] [BT,H,P] [BT,H,P]
     a_ptr, scale_ptr, cu_ptr, owner_ptr,  # [BT,H] [BT,H] float32; int [S+1]; int64 [slots], sequence of a slot
@@ -76,7 +77,7 @@ def value_gradient_kernel(
             tl.store(dscale_ptr + t * H + head, dscale, mask=in_seq)
 
 
-@triton.jit(do_not_specialize=["T"])
+@launched(do_not_specialize=["T"])
 def key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, dy_ptr,  # [BT,G,N] [BT,G,N] [BT,H,P] [BT,H,P]
     a_ptr, scale_ptr, cu_ptr, owner_ptr,  # [BT,H] [BT,H] float32; int [S+1]; int64 [slots]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.semiseparable.kernels.decay import (
     at_end,
     carry,
@@ -18,7 +18,7 @@ from zoo.ops.semiseparable.kernels.decay import (
 )
 
 
-@triton.jit(do_not_specialize=["T"])
+@launched(do_not_specialize=["T"])
 def states_kernel(
     left_ptr, right_ptr,  # [BT,G,N] [BT,H,P]: k and v, or q and dy in reverse
     a_ptr, scale_ptr,  # [BT,H] float32, contiguous

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import LOG2E
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.semiseparable.kernels.chunks import LEAST, LEAST_STEP, Chunks, place_of, time_steps, token_rows
 
 
-@triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
+@launched(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
 def decays_kernel(
     dt_ptr, bias_ptr, A_ptr, row_ptr, col_ptr, kept_ptr, read_ptr, skip_ptr, flow_ptr, ddt_ptr, sums_ptr, table_ptr,
     T, PER_SEQUENCE, COUNT, stride, low, high,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import dot
 from zoo.ops.semiseparable.kernels.chunks import Chunks, place_of, tile, token_rows, warps_of
 
@@ -66,7 +67,7 @@ def _side(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=(i < live)[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT", "rows"])
+@launched(do_not_specialize=["T", "PER_SEQUENCE", "COUNT", "rows"])
 def keys_kernel(
     x_ptr, dy_ptr, B_ptr, C_ptr, s_ptr, r_ptr, S_ptr, R_ptr, K_ptr,
     dB_ptr, dC_ptr, read_ptr, kept_ptr, flow_ptr, table_ptr,

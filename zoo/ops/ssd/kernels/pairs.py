@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import dot
 from zoo.ops.semiseparable.kernels.chunks import Chunks, place_of, tile, token_rows, warps_of
 
 
-@triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
+@launched(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
 def pairs_kernel(
     x_ptr, dy_ptr, B_ptr, C_ptr, s_ptr, r_ptr, K_ptr, row_ptr, col_ptr, skip_ptr, table_ptr,
     T, PER_SEQUENCE, COUNT, x_stride, dy_stride, B_stride, C_stride,

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import dot
 from zoo.ops.semiseparable.kernels.chunks import Chunks, place_of, tile, token_rows, warps_of
 
 MOST = tl.constexpr(127.0)  # log2 of a weight; it is finite where there is none, and the scores are 0 there
 
 
-@triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
+@launched(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
 def outputs_kernel(
     x_ptr, B_ptr, C_ptr, s_ptr, r_ptr, S_ptr, D_ptr, y_ptr, table_ptr,
     T, PER_SEQUENCE, COUNT, x_stride, B_stride, C_stride,
@@ -53,7 +53,7 @@ def outputs_kernel(
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(i < live)[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
+@launched(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
 def values_kernel(
     dy_ptr, B_ptr, C_ptr, s_ptr, r_ptr, R_ptr, D_ptr, dx_ptr, table_ptr,
     T, PER_SEQUENCE, COUNT, dy_stride, B_stride, C_stride, dx_stride,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import exp
 from zoo.ops.kernels.rows import cdiv, next_power_of_2, rows, warps_for
 from zoo.ops.kernels.time_step import softplus
@@ -15,7 +15,7 @@ from zoo.ops.semiseparable.kernels.launch import on_device
 TILE = 4096  # elements of the state that one program holds, 32 in each of 128 threads
 
 
-@triton.jit
+@launched
 def ssd_step_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr,  # [B,H,P] [B,H] [H] [B,G,N] [B,G,N]
     D_ptr, dt_bias_ptr, state_ptr, y_ptr,  # [H] or [H,P], [H], [B,H,P,N], [B,H,P]

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import dot
 from zoo.ops.semiseparable.kernels.chunks import Chunks, place_of, tile, token_rows
 
@@ -51,7 +52,7 @@ def _sweep(
     tl.store(end_ptr + outer, state)
 
 
-@triton.jit(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
+@launched(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
 def sweep_kernel(
     x_ptr, dy_ptr, B_ptr, C_ptr, s_ptr, r_ptr,  # [B,T,H,P] twice, [B,T,G,N] twice, [H,count,Q] twice
     start_ptr, dfinal_ptr,  # [S,H,P,N]
