@@ -1,6 +1,6 @@
 """Selective scan forward and backward: checks and times the product kernels at many block sizes in one run.
 
-    OUT=dir python benchmarks/notes/selective_scan_engine.py        the whole run (GPU); JSON to $OUT/selective_scan_engine.json
+    OUT=dir python benchmarks/notes/selective_scan_engine.py        the whole run (GPU, 75 s); lines to $OUT/selective_scan_engine.txt too
     TRITON_INTERPRET=1 python ... --interpret                       every variant against float64, on a CPU
     PYTHONPATH=<triton 3.6> python ... --offline                    registers, stack, shared memory, instructions for sm_90
 
@@ -10,7 +10,7 @@ Counts and predictions: selective_scan.md.
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
 import re
 import subprocess
@@ -36,21 +36,19 @@ AHEAD, BACK = dict(tuning.AHEAD), dict(tuning.BACK)
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
 
 
-def ahead(tiles, e, tile, warps, resident, chunk=64):
-    return "forward", Blocks(tiles, N // tiles, e, tile, warps, resident), chunk
+def ahead(tiles, e, tile, warps, resident, chunk=64, touch=False):
+    return "forward", Blocks(tiles, N // tiles, e, tile, warps, resident, touch), chunk
 
 
-def back(tiles, e, tile, warps, resident=8, chunk=64):
-    return "backward", Blocks(tiles, N // tiles, e, tile, warps, resident), chunk
+def back(tiles, e, tile, warps, resident=8, chunk=64, touch=False):
+    return "backward", Blocks(tiles, N // tiles, e, tile, warps, resident, touch), chunk
 
 
 VARIANTS = [
-    ahead(4, 32, 8, 1, 12), ahead(4, 32, 4, 1, 16), ahead(4, 32, 4, 1, 8), ahead(2, 32, 8, 1, 12), ahead(1, 32, 8, 1, 12),
-    ahead(4, 64, 8, 2, 12), ahead(4, 128, 8, 4, 12), ahead(4, 32, 8, 1, 8), ahead(4, 32, 2, 1, 20), ahead(1, 64, 4, 1, 8),
-    back(1, 32, 4, 1), back(1, 32, 2, 1), back(4, 32, 2, 1), back(2, 32, 4, 1), back(2, 32, 2, 1),
-    back(1, 64, 4, 2), back(1, 128, 4, 4), back(1, 128, 2, 4), back(4, 128, 2, 4), back(2, 128, 2, 4),
-    back(1, 32, 4, 1, 16), back(1, 32, 2, 1, 16), back(1, 32, 4, 1, chunk=128), back(4, 32, 2, 1, chunk=32), back(1, 32, 2, 1, chunk=32),
-    back(1, 32, 1, 1, 12, chunk=32),
+    ahead(4, 32, 4, 1, 12, touch=True), back(1, 32, 2, 1, touch=True), back(2, 32, 2, 1, touch=True),
+    back(1, 32, 2, 1, chunk=32, touch=True), back(2, 32, 2, 1, chunk=32, touch=True), back(1, 32, 4, 1, chunk=32),
+    back(4, 32, 2, 1, chunk=32, touch=True), ahead(4, 32, 8, 1, 12, touch=True), ahead(4, 32, 2, 1, 12, touch=True),
+    ahead(4, 32, 4, 1, 12, chunk=32, touch=True),
 ]  # fmt: skip
 
 
@@ -94,9 +92,10 @@ def errors(variant, given, expected):
     use(variant)
     y, _, states = launch.forward(*arguments(given))
     if variant[0] == "forward":
-        return {"y": relative(y, expected["y"])}
+        return {"y": relative(y, expected["y"])} if expected else {}
     grads = launch_backward.backward(given["dy"], None, states, *arguments(given))
-    return {"d" + name: relative(grad, expected["d" + name]) for name, grad in zip(NAMES, grads)}
+    torch.cuda.synchronize() if given["x"].is_cuda else None
+    return {} if expected is None else {"d" + name: relative(grad, expected["d" + name]) for name, grad in zip(NAMES, grads)}
 
 
 def right(found):
@@ -104,137 +103,100 @@ def right(found):
     return all(e == e and e < (1e-3 if k in loose else 4e-3) for k, e in found.items())
 
 
-def check_child(indices, folder):
-    data = torch.load(f"{folder}/exact.pt")
-    for i in indices:
-        print(json.dumps({"index": i, "begun": True}), flush=True)
-        try:
-            found = {name: errors(VARIANTS[i], *pair) for name, pair in data.items()}
-            torch.cuda.synchronize()
-            print(json.dumps({"index": i, "errors": found}), flush=True)
-        except Exception as error:  # the run goes on with the other variants
-            text = f"{type(error).__name__} {error}"[:200].replace("\n", " ")
-            print(json.dumps({"index": i, "failed": text}), flush=True)
-            if "illegal" in text.lower():
-                return
-
-
 def median(run):
     return triton.testing.do_bench(run, warmup=8, rep=30, return_mode="median")
 
 
-def time_child(indices, until):
-    data = {name: draw(*size) for name, size in ROWS.items()}
-    for i in indices:
-        if time.time() > until:
-            return
-        line = {"index": i, "ms": {}, "MiB": {}}
-        use(VARIANTS[i])
-        for name, given in data.items():
+def say(*parts):
+    print(*parts, flush=True)
+
+
+def variant_child(i, folder):
+    """Compile, check against float64 and time one variant; the GPU is one child's at a time while it is timed."""
+    variant = VARIANTS[i]
+    kind, b, chunk = variant
+    line = f"{kind:8} tiles {b.tiles} e {b.e} tile {b.tile} warps {b.warps} resident {b.resident} chunk {chunk} touch {int(b.touch)} |"
+    given = {name: draw(*size) for name, size in CHECKS.items()}
+    begin = time.time()
+    errors(variant, given["cut"], None)
+    line += f" {time.time() - begin:.0f} s |"
+    while not os.path.exists(f"{folder}/exact.pt"):
+        time.sleep(0.1)
+    expected = torch.load(f"{folder}/exact.pt")
+    found = {name: errors(variant, given[name], expected[name]) for name in given}
+    worst = max((e if e == e else 9e9, k) for by in found.values() for k, e in by.items())
+    line += f" {worst[0]:.1e} {worst[1]} {'ok' if all(map(right, found.values())) else 'WRONG'} |"
+    with open(f"{folder}/turn", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        for name, size in ROWS.items():
+            given = draw(*size)
             inputs = arguments(given)
-            if VARIANTS[i][0] == "forward":
+            if kind == "forward":
                 run = lambda: launch.forward(*inputs)
             else:
                 states = launch.forward(*inputs)[2]
                 run = lambda: launch_backward.backward(given["dy"], None, states, *inputs)
-            torch.cuda.synchronize()
+            run()
+            line += f" {name}: {median(run):.3f} ms"
+            torch.cuda.empty_cache()
+    say(line)
+
+
+def whole_child(i, folder):
+    """Forward, and forward and backward, of the product operator with its own table, and its memory beyond the inputs."""
+    line = "product  |"
+    given = draw(*CHECKS["cut"])
+    y, _, states = launch.forward(*arguments(given))
+    launch_backward.backward(given["dy"], None, states, *arguments(given))
+    with open(f"{folder}/turn", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        for name, size in ROWS.items():
+            given = draw(*size)
+            leaves = {n: given[n].requires_grad_() for n in NAMES}
+
+            def run():
+                y, _ = selective_scan(*(leaves[n] for n in NAMES[:5]), **{n: leaves[n] for n in NAMES[5:]}, dt_softplus=True, backend="triton")
+                torch.autograd.grad(y, list(leaves.values()), given["dy"])
+
+            torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             run()
-            line["MiB"][name] = (torch.cuda.max_memory_allocated() - before) >> 20
-            line["ms"][name] = round(median(run), 3)
-        print(json.dumps(line), flush=True)
+            mib = (torch.cuda.max_memory_allocated() - before) >> 20
+            line += f" {name}: both {median(run):.3f} ms {mib} MiB"
+    say(line)
 
 
-def whole_child(indices):
-    """Forward + backward of the product operator with the chosen rows, and its memory beyond the inputs."""
-    use(VARIANTS[indices[1]])
-    tuning.AHEAD[N] = VARIANTS[indices[0]][1]
-    for name, size in ROWS.items():
-        given = draw(*size)
-        leaves = {n: given[n].requires_grad_() for n in NAMES}
-
-        def run():
-            y, _ = selective_scan(*(leaves[n] for n in NAMES[:5]), **{n: leaves[n] for n in NAMES[5:]}, dt_softplus=True, backend="triton")
-            torch.autograd.grad(y, list(leaves.values()), given["dy"])
-
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        mib = (torch.cuda.max_memory_allocated() - before) >> 20
-        print(json.dumps({"row": name, "forward + backward ms": round(median(run), 3), "MiB": mib}), flush=True)
+def exact_child(_, folder):
+    torch.save({name: exact(draw(*size)) for name, size in CHECKS.items()}, f"{folder}/part.pt")
+    os.rename(f"{folder}/part.pt", f"{folder}/exact.pt")
 
 
-def lines_of(arguments, seconds):
-    process = subprocess.Popen([sys.executable, os.path.abspath(__file__), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        out, err = process.communicate(timeout=max(seconds, 1))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return found, (err.strip().splitlines() or [""])[-1][:200]
-
-
-def main(budget=100.0, workers=14):
+def main(budget=75.0):
     begin = time.time()
-    left = lambda: budget - (time.time() - begin)
     folder = tempfile.mkdtemp()
-    data = {}
-    for name, size in CHECKS.items():
-        given = draw(*size)
-        data[name] = (given, exact(given))
-    torch.save(data, f"{folder}/exact.pt")
-    del data, given
-    torch.cuda.empty_cache()
-    results = {i: {"variant": str(v)} for i, v in enumerate(VARIANTS)}
-    print(f"exact after {time.time() - begin:.0f} s", flush=True)
+    path = os.path.join(os.environ.get("OUT", folder), "selective_scan_engine.txt")
+    jobs = [("--exact", 0)] + [("--variant", i) for i in range(len(VARIANTS))] + [("--product", 0)]
 
-    def check(indices):
-        todo = list(indices)
-        while todo and left() > 50:
-            found, err = lines_of(["--check", folder, json.dumps(todo)], left() - 45)
-            for line in found:
-                results[line["index"]].update({k: v for k, v in line.items() if k not in ("index", "begun")})
-            begun = [line["index"] for line in found if "begun" in line]
-            for i in begun[-1:] or todo[:1]:
-                if "errors" not in results[i] and "failed" not in results[i]:
-                    results[i]["failed"] = "died: " + err
-            todo = [i for i in todo if i not in begun[:-1] + (begun[-1:] or todo[:1])]
+    def run(job):
+        mode, i = job
+        what = f"{mode} {VARIANTS[i] if mode == '--variant' else ''}"
+        process = subprocess.Popen([sys.executable, os.path.abspath(__file__), mode, str(i), folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            out, err = process.communicate(timeout=max(budget - 3 - (time.time() - begin), 1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = "", "no time left"
+        if process.returncode:
+            out += f"{what} failed: {(err.strip().splitlines() or [''])[-1][:200]}\n"
+        with open(path, "a") as file:
+            file.write(out)
+        if out:
+            say(f"{time.time() - begin:3.0f} s {out.strip()}")
 
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(check, [range(w, len(VARIANTS), workers) for w in range(workers)]))
-    print(f"checked after {time.time() - begin:.0f} s", flush=True)
-    for v in results.values():
-        v["right"] = "errors" in v and all(right(found) for found in v["errors"].values())
-    todo = [i for i, v in results.items() if v["right"]]
-    while todo and left() > 20:
-        found, err = lines_of(["--time", json.dumps(todo), str(begin + budget - 22)], left() - 15)
-        for line in found:
-            results[line.pop("index")].update(line)
-        done = [i for i in todo if "ms" in results[i]]
-        if not found:
-            print("stopped at", VARIANTS[todo[0]], err)
-        todo = [i for i in todo if i not in done] if found else todo[1:]
-    print(f"timed after {time.time() - begin:.0f} s; ms and MiB at {', '.join(ROWS)}")
-    for i, (kind, b, chunk) in enumerate(VARIANTS):
-        v = results[i]
-        worst = max(((e if e == e else 9e9, k) for by in v.get("errors", {}).values() for k, e in by.items()), default=(9e9, "-"))
-        print(f"{kind:8} tiles {b.tiles} e {b.e} tile {b.tile} warps {b.warps} resident {b.resident} chunk {chunk} | {worst[0]:.1e} {worst[1]}",
-              "ok" if v["right"] else "WRONG", "|", *(v.get("ms", {}).get(row, "-") for row in ROWS), "|",
-              *(v.get("MiB", {}).get(row, "-") for row in ROWS), v.get("failed", ""))  # fmt: skip
-    chosen = []
-    for kind in ("forward", "backward"):
-        found = [(sum(v["ms"].values()), i) for i, v in results.items() if "ms" in v and VARIANTS[i][0] == kind and VARIANTS[i][2] == 64]
-        chosen += [min(found)[1]] if found else []
-    wholes = []
-    if len(chosen) == 2:
-        print("chosen", [VARIANTS[i] for i in chosen])
-        wholes, err = lines_of(["--whole", json.dumps(chosen)], max(left(), 15))
-        print(*wholes, err if len(wholes) < len(ROWS) else "", sep="\n")
-    with open(os.path.join(os.environ.get("OUT", folder), "selective_scan_engine.json"), "w") as file:
-        json.dump({"variants": results, "chosen": chosen, "wholes": wholes, "device": torch.cuda.get_device_name()}, file)
-    print(f"{torch.cuda.get_device_name()}, {time.time() - begin:.0f} s")
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        list(pool.map(run, jobs))
+    say(f"{torch.cuda.get_device_name()}, {time.time() - begin:.0f} s")
 
 
 # ----------------------------------------------------------------------------------------------------------- without a GPU
@@ -292,7 +254,7 @@ def offline(variant):
     given = {f"{n}_ptr": "*bf16" for n in ("x", "dt", "z", "y", "dy", "dx", "ddt", "dz")} | {f"{n}_stride": "i32" for n in ("x", "dt", "z", "dy")}
     given |= {n: "i32" for n in ("T", "pieces", "SEGMENT", "slab", "SLAB", "rows")}
     const = dict(E=E, G=1, N=N, HAS_D=True, HAS_Z=True, HAS_BIAS=True, HAS_INITIAL=False, HAS_GIVEN=False, SOFTPLUS=True, SPLIT=kind == "backward", PACKED=False)
-    const |= dict(CHUNK=chunk, TILE=b.tile, TILES=b.tiles, ROWS=b.rows, BLOCK_E=b.e)
+    const |= dict(CHUNK=chunk, TOUCH=b.touch, TILE=b.tile, TILES=b.tiles, ROWS=b.rows, BLOCK_E=b.e)
     const |= dict.fromkeys(("initial_ptr", "entering_ptr", "owner_ptr", "cu_ptr", "dfinal_ptr", "dinitial_ptr"))
     kernel = scan_kernel if kind == "forward" else gradient_kernel
     return compiled(kernel, {n: v for n, v in const.items() if n in kernel.arg_names}, given, b.warps)
@@ -300,12 +262,8 @@ def offline(variant):
 
 if __name__ == "__main__":
     mode = sys.argv[1] if len(sys.argv) > 1 else ""
-    if mode == "--check":
-        check_child(json.loads(sys.argv[3]), sys.argv[2])
-    elif mode == "--time":
-        time_child(json.loads(sys.argv[2]), float(sys.argv[3]))
-    elif mode == "--whole":
-        whole_child(json.loads(sys.argv[2]))
+    if mode in ("--variant", "--product", "--exact"):
+        {"--variant": variant_child, "--product": whole_child, "--exact": exact_child}[mode](int(sys.argv[2]), sys.argv[3])
     elif mode == "--interpret":
         sys.exit(interpret(sys.argv[2:]))
     elif mode == "--offline":

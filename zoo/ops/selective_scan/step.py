@@ -11,7 +11,7 @@ from torch import Tensor
 from sequence_mixer.errors import DtypeError, ShapeError
 from sequence_mixer.shapes import accumulation_dtype, expect_floating, expect_same_device, expect_shape
 from zoo.ops.custom import refuse_higher_order
-from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select
+from zoo.ops.dispatch import KERNEL, PLAIN, REFERENCE, Serves, register_backend, select, without_autocast
 from zoo.ops.in_place import expect_in_place
 from zoo.ops.selective_scan import selective_scan
 
@@ -76,7 +76,7 @@ def selective_scan_step(
     inputs = (x, dt, A, B, C, D, z, dt_bias)
     expect_in_place("selective_scan_step", "selective_scan", state, accumulation_dtype(x.dtype), *inputs)
     fn = select("selective_scan_step", backend, (x,), {"N": sizes["N"]})
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y: Tensor = fn(*inputs, state, dt_softplus)
     return y
 

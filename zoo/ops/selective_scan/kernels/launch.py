@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class Call:
         return {
             "E": self.x.shape[2], "G": self.B.shape[2], "N": self.B.shape[3], "PACKED": self.cu_seqlens is not None,
             "HAS_BIAS": self.dt_bias is not None, "SOFTPLUS": self.dt_softplus, "TILE": self.blocks.tile,
+            "TOUCH": self.blocks.touch,
         } | self.tiles  # fmt: skip
 
     @property
@@ -105,7 +106,7 @@ def prepare(
     """table: AHEAD or BACK of the tuning."""
     batch, tokens, channels = x.shape
     groups, state = B.shape[2:]
-    blocks = blocks_for(table, state)
+    blocks = sizes_of(x, state, table)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     cu_seqlens = contiguous(cu_seqlens)
     rows = batch if cu_seqlens is None else 1
@@ -116,6 +117,12 @@ def prepare(
         flat(x), flat(dt), A, single(B), single(C), D, gate, dt_bias, contiguous(initial_state), cu_seqlens,
         dt_softplus, sequences, cut(tokens, sequences, size, cu_seqlens), blocks,
     )  # fmt: skip
+
+
+def sizes_of(x: Tensor, state: int, table: dict[int, Blocks]) -> Blocks:
+    """Row of the table for N = `state`, half the tokens at a time for float32: accurate exponentials compile slowly."""
+    blocks = blocks_for(table, state)
+    return replace(blocks, tile=max(1, blocks.tile // 2)) if x.dtype == torch.float32 else blocks
 
 
 def flat(part: Tensor) -> Tensor:

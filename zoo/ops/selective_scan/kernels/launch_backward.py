@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from zoo.ops.kernels.rows import cdiv
 from zoo.ops.selective_scan import triton_path
 from zoo.ops.selective_scan.kernels import tuning
 from zoo.ops.selective_scan.kernels.gradients import gradient_kernel
-from zoo.ops.selective_scan.kernels.launch import arriving, flat, prepare
+from zoo.ops.selective_scan.kernels.launch import arriving, flat, prepare, sizes_of
 from zoo.ops.selective_scan.kernels.tuning import slab_length
 from zoo.ops.semiseparable.kernels.launch import on_device
 
@@ -54,7 +55,8 @@ def backward(dy: Tensor, dfinal: Tensor | None, states: Tensor, *inputs: Any) ->
     dkey, dquery = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(2))
     with on_device(x):
         if call.split:
-            arrived = arriving(call, dy, call.C, dfinal, reverse=True)
+            ahead = replace(call, blocks=sizes_of(x, state, tuning.AHEAD))  # it sums over no channel either
+            arrived = arriving(ahead, dy, call.C, dfinal, reverse=True)
         elif not packed:  # handed from slab to slab
             arrived = torch.zeros_like(dA) if dfinal is None else dfinal.clone()
         else:

@@ -7,10 +7,10 @@ is under way while one is worked on.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import LOG2E, exp
 from zoo.ops.kernels.rows import cdiv, next_power_of_2, rows, warps_for
 from zoo.ops.kernels.time_step import softplus
@@ -20,7 +20,7 @@ TILE = 2048  # elements of the state that one program holds at a time, 16 in eac
 SEQUENCES = 4  # of one program
 
 
-@triton.jit
+@launched
 def selective_scan_step_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr,  # [B,E] [B,E] [E,N] [B,G,N] [B,G,N]
     D_ptr, z_ptr, dt_bias_ptr, state_ptr, y_ptr,  # [E] [B,E] [E] [B,E,N] [B,E]

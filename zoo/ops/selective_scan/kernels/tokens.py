@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.ops.kernels.primitives import LOG2E
+from zoo.ops.kernels.primitives import LN2, LOG2E, LOG2E_REST, exp
 
 FIT_0 = tl.constexpr(0.3333333366846907)  # (atanh(s) / s - 1) / s^2 in powers of s^2
 FIT_1 = tl.constexpr(0.19999850708085468)
@@ -40,21 +40,58 @@ def span_of(piece, owner_ptr, cu_ptr, T, pieces, SIZE, PACKED: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(raw):
-    """1 / (1 + e^-raw)."""
-    return 1.0 / (1.0 + tl.exp2(-raw * LOG2E))
+def exponential(x, EXACT: tl.constexpr):
+    """e^x. EXACT, for float32 inputs: without the error of rounding x log2(e), which grows with x."""
+    if EXACT:
+        result = exp(x)
+    else:
+        result = tl.exp2(x * LOG2E)
+    return result
 
 
 @triton.jit
-def time_step(raw, live, SOFTPLUS: tl.constexpr):
+def decay_of(rate, step, EXACT: tl.constexpr):
+    """Decay of a tile [ROWS,BLOCK_E] of states over a time step [BLOCK_E]; rate as `rates` returns it.
+
+    EXACT: what rounding takes from A step and from its product with log2(e) is a factor of its own.
+    """
+    if EXACT:
+        wide = tl.broadcast_to(step[None, :], rate.shape)
+        product = rate * wide
+        high = product * LOG2E
+        low = tl.fma(product, LOG2E, -high) + product * LOG2E_REST + tl.fma(rate, wide, -product) * LOG2E
+        decay = tl.exp2(high) * (1.0 + tl.where(tl.abs(high) < 200.0, low, 0.0) * LN2)
+    else:
+        decay = tl.exp2(rate * step[None, :])
+    return decay
+
+
+@triton.jit
+def quotient(a, b, EXACT: tl.constexpr):
+    """a / b, correctly rounded if EXACT: the usual quotient is off by up to 2 units in the last place."""
+    if EXACT:
+        result = tl.div_rn(a, b)
+    else:
+        result = a / b
+    return result
+
+
+@triton.jit
+def sigmoid(raw, EXACT: tl.constexpr):
+    """1 / (1 + e^-raw)."""
+    return quotient(1.0, 1.0 + exponential(-raw, EXACT), EXACT)
+
+
+@triton.jit
+def time_step(raw, live, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr):
     """dt [BLOCK_E] from its raw value, 0 where no token is: the state then stays as it is.
 
     softplus keeps the digits of small results: log(1 + u) = 2 atanh(s) with s = u / (2 + u) in (0, 1/3], as a
     polynomial whose relative error is below 4e-10.
     """
     if SOFTPLUS:
-        u = tl.exp2(-tl.abs(raw) * LOG2E)
-        s = u / (2.0 + u)
+        u = exponential(-tl.abs(raw), EXACT)
+        s = quotient(u, 2.0 + u, EXACT)
         q = s * s
         series = FIT_3 + q * FIT_4
         series = FIT_2 + q * series
@@ -116,12 +153,14 @@ def zero_states(TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def rates(A_ptr, e, in_e, N: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """A log2(e) in tiles: decay over a step is 2^(rate step)."""
+def rates(
+    A_ptr, e, in_e, N: tl.constexpr, EXACT: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """A log2(e) in tiles: decay over a step is 2^(rate step). EXACT: A as it is, for `decay_of`."""
     loaded = load_states(A_ptr, e, in_e, N, TILES, ROWS, BLOCK_E)
     tiles = ()
     for r in tl.static_range(TILES):
-        tiles = tiles + (loaded[r] * LOG2E,)
+        tiles = tiles + (loaded[r] if EXACT else loaded[r] * LOG2E,)
     return tiles
 
 
@@ -146,3 +185,16 @@ def load_tokens(ptr, t, stride, left, e, in_e, TILE: tl.constexpr, PRESENT: tl.c
         for k in tl.static_range(TILE):
             values = values + (tl.load(row + (k * stride + e), mask=in_e & (zero + k < left), other=0.0),)
     return values
+
+
+@triton.jit
+def touch_rows(ptr, t, stop, stride: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """A value out of every 32 bytes of the rows of keys or queries of tokens t .. t + TILE, [TILE max(1, WIDTH / 8)].
+
+    What is read with them lies in the first cache when the rows are wanted: a row serves one token, so that no other
+    lane brings it. WIDTH: N filled up to a power of two. The values are good for nothing.
+    """
+    SECTORS: tl.constexpr = (WIDTH + 7) // 8
+    i = tl.arange(0, TILE * SECTORS)
+    token, n = t + i // SECTORS, i % SECTORS * 8
+    return tl.load(ptr + (token * stride + n), mask=(token < stop) & (n < N), other=0.0)

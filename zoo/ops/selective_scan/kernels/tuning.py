@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.selective_scan import triton_path
@@ -18,6 +18,7 @@ class Blocks:
     """Sizes of a kernel: `tiles` tiles of [rows states, e channels] in a program of `warps`; tokens of a `tile`.
 
     resident: warps that a multiprocessor holds at the kernel's registers.
+    touch: read keys and queries, and in the backward all of a token's values, ahead of their use.
     """
 
     tiles: int
@@ -26,20 +27,23 @@ class Blocks:
     tile: int
     warps: int
     resident: int
+    touch: bool = False
 
 
 # N up to: forward and summaries; backward. A lane holds 4 states of a tile's rows, and as many tiles as there are.
 AHEAD = {
-    16: Blocks(tiles=4, rows=4, e=32, tile=8, warps=1, resident=12),
-    32: Blocks(tiles=4, rows=8, e=32, tile=4, warps=1, resident=8),
-    64: Blocks(tiles=2, rows=32, e=16, tile=4, warps=1, resident=8),
-    256: Blocks(tiles=1, rows=256, e=8, tile=2, warps=2, resident=8),
+    16: Blocks(tiles=4, rows=4, e=32, tile=4, warps=1, resident=12, touch=True),
+    32: Blocks(tiles=8, rows=4, e=32, tile=4, warps=1, resident=12, touch=True),
+    64: Blocks(tiles=8, rows=8, e=16, tile=4, warps=1, resident=11, touch=True),
+    128: Blocks(tiles=8, rows=16, e=8, tile=2, warps=1, resident=14, touch=True),
+    256: Blocks(tiles=8, rows=32, e=8, tile=2, warps=1, resident=8, touch=True),
 }
 BACK = {
-    16: Blocks(tiles=1, rows=16, e=32, tile=4, warps=1, resident=8),
-    32: Blocks(tiles=1, rows=32, e=16, tile=4, warps=1, resident=8),
-    64: Blocks(tiles=1, rows=64, e=16, tile=4, warps=2, resident=8),
-    256: Blocks(tiles=1, rows=256, e=8, tile=2, warps=4, resident=8),
+    16: Blocks(tiles=1, rows=16, e=32, tile=2, warps=1, resident=8, touch=True),
+    32: Blocks(tiles=1, rows=32, e=16, tile=2, warps=1, resident=8, touch=True),
+    64: Blocks(tiles=1, rows=64, e=8, tile=2, warps=1, resident=8, touch=True),
+    128: Blocks(tiles=1, rows=128, e=4, tile=2, warps=1, resident=8, touch=True),
+    256: Blocks(tiles=1, rows=256, e=4, tile=2, warps=2, resident=8, touch=True),
 }
 
 
@@ -49,7 +53,7 @@ def blocks_for(table: dict[int, Blocks], state: int) -> Blocks:
     padded = max(4, int(next_power_of_2(state)))
     while found.tiles * found.rows > padded:
         tiles, rows = (found.tiles // 2, found.rows) if found.tiles > 1 else (1, found.rows // 2)
-        found = Blocks(tiles, rows, found.e, found.tile, found.warps, found.resident)
+        found = replace(found, tiles=tiles, rows=rows)
     return found
 
 
