@@ -211,7 +211,7 @@ class SsdMixer(SequenceMixer):
         if config.mlp_channels or config.d_has_head_dim or not config.rmsnorm or config.dt_limit[0] < 0.0:
             return False
         group = config.ssm_channels // config.norm_parts
-        sizes = (config.ssm_channels, config.n_heads, config.d_state, config.d_conv, group)
+        sizes = (config.ssm_channels, config.n_heads, config.n_groups, config.d_state, config.d_conv, group)
         return block_serves(projected, *sizes, self.backend)
 
     def _mix_block(self, projected: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, SsdState]:

@@ -5,6 +5,7 @@ TRITON_INTERPRET is read when a kernel is decorated, so it cannot be switched on
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,3 +18,11 @@ def device() -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "cpu"
     pytest.skip("Triton kernels need a CUDA device, or TRITON_INTERPRET=1 (make test runs them so)")
+
+
+@pytest.fixture(autouse=True)
+def _leave_memory_to_other_processes() -> Iterator[None]:
+    """Tests run in many processes on one GPU: what PyTorch keeps of a large test goes back after it."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()

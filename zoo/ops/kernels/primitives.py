@@ -42,6 +42,16 @@ def power(x, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def sigmoid(x, OPERAND: tl.constexpr):
+    """1 / (1 + e^-x), float32: to its accuracy where operands are float32, else as the hardware gives it."""
+    if tl.float32 == OPERAND:
+        result = tl.div_rn(1.0, 1.0 + exp(-x))
+    else:
+        result = tl.sigmoid(x)
+    return result
+
+
+@triton.jit
 def add_product(total, lost, a, b):
     """total + a [M,K] @ b [K,N], and what rounding took from it: the next call gives it back (Kahan summation).
 

@@ -22,17 +22,19 @@ WIDTHS, P_MOST, N_MOST = (16, 32, 64, 128), 64, 128  # as in the kernels; others
 MOST_TAPS = 8
 
 
-def serves(projected: Tensor, channels: int, heads: int, modes: int, taps: int, group: int, backend: str) -> bool:
+def serves(
+    projected: Tensor, channels: int, heads: int, groups: int, modes: int, taps: int, group: int, backend: str
+) -> bool:
     """Whether the operator takes the place of the three for `projected` [B,T,W], which all have to go to kernels.
 
-    channels: H P. heads: H. modes: N. taps: of the convolution. group: channels of one mean square.
+    channels: H P. heads: H. groups: G. modes: N. taps: of the convolution. group: channels of one mean square.
     """
     width = channels // heads
     if projected.dtype != torch.bfloat16 or projected.shape[0] == 0 or projected.shape[1] < 2:
         return False
     if not 2 <= taps <= MOST_TAPS or not (width in WIDTHS or width % P_MOST == 0):
         return False
-    if not (modes in WIDTHS or modes % N_MOST == 0):
+    if not (modes in WIDTHS or modes % N_MOST == 0) or (width < 32 < modes and heads // groups % 2 == 1):
         return False
     facts: dict[str, dict[str, int]] = {
         "short_convolution": {"width": taps, "empty": False, "silu": True},

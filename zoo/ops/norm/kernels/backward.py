@@ -12,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.launcher import launched
+from zoo.ops.kernels.primitives import sigmoid
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.norm.kernels.rows import as_rows, block_of
 
-PROGRAMS = 528  # row ranges, times the groups: four per multiprocessor of an H100 or H200
-WARPS: int | None = None  # of a program; None for those of the forward
+PROGRAMS = 264  # row ranges, times the groups: two per multiprocessor of an H100 or H200
+WARPS: int | None = None  # of a program; None for those of the forward, twice as many for wide groups
+WIDE = 4096  # channels
 
 
 @launched
@@ -48,13 +50,13 @@ def _norm_bwd(
         if HAS_GATE:
             next_z = tl.load(z_ptr + (row + 1) * z_stride_r + d, mask=live, other=0.0)
         value = x
-        sigmoid, gate = x, x
+        share, gate = x, x
         if HAS_GATE:
-            sigmoid = tl.sigmoid(z)
-            gate = z * sigmoid
+            share = sigmoid(z, x_ptr.dtype.element_ty)
+            gate = z * share
             if not NORM_FIRST:
                 value = x * gate
-        scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / GROUP + eps)
+        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(value * value, axis=0) / GROUP + eps))
         normal = value * scale
         dgate = dy * weight * normal  # used where the gate comes last
         if HAS_GATE and NORM_FIRST:
@@ -69,7 +71,7 @@ def _norm_bwd(
             if not NORM_FIRST:
                 dgate = dvalue * x
                 dvalue = dvalue * gate
-            dz = dgate * sigmoid * (1.0 + z * (1.0 - sigmoid))
+            dz = dgate * share * (1.0 + z * (1.0 - share))
             tl.store(dz_ptr + row * dz_stride_r + d, dz.to(dz_ptr.dtype.element_ty), mask=in_group)
         tl.store(dx_ptr + row * D + d, dvalue.to(dx_ptr.dtype.element_ty), mask=in_group)
     tl.store(partial_ptr + part * D + d, dweight, mask=in_group)
@@ -94,7 +96,7 @@ def norm_backward(
     parts = cdiv(rows, rows_per_program)
     partial = torch.empty((parts, channels), dtype=torch.float32, device=x.device)
     block, warps = block_of(group_size)
-    warps = WARPS or warps
+    warps = WARPS or (2 * warps if block >= WIDE else warps)
     _norm_bwd[(parts * groups,)](
         cotangents, values, gates, weight.contiguous(), dx, dz, partial,
         rows, rows_per_program, groups, channels, group_size, eps,

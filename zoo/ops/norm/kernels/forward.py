@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.launcher import launched
+from zoo.ops.kernels.primitives import sigmoid
 from zoo.ops.norm.kernels.rows import as_rows, block_of
 
 
@@ -25,10 +26,10 @@ def _norm_fwd(
     gate = value
     if HAS_GATE:
         z = tl.load(z_ptr + row * z_stride_r + d, mask=in_group, other=0.0).to(tl.float32)
-        gate = z * tl.sigmoid(z)
+        gate = z * sigmoid(z, x_ptr.dtype.element_ty)
         if not NORM_FIRST:
             value = value * gate
-    value = value * (1.0 / tl.sqrt(tl.sum(value * value, axis=0) / GROUP + eps))
+    value = value * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(value * value, axis=0) / GROUP + eps))
     value = value * tl.load(weight_ptr + d, mask=in_group, other=0.0).to(tl.float32)
     if HAS_GATE and NORM_FIRST:
         value = value * gate

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.launcher import launched
+from zoo.ops.kernels.primitives import sigmoid
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.short_convolution.kernels.inputs import input_tile, rows_contiguous, sequence_of_tokens, spans
 from zoo.ops.short_convolution.kernels.walk import backward_rows
@@ -24,9 +25,9 @@ TILES = 8  # tiles of BLOCK_T tokens per program
 
 
 @triton.jit
-def silu_gradient(dy, pre):
+def silu_gradient(dy, pre, OPERAND: tl.constexpr):
     """dy d silu(pre) / d pre."""
-    gate = tl.sigmoid(pre)
+    gate = sigmoid(pre, OPERAND)
     return dy * gate * (1.0 + pre * (1.0 - gate))
 
 
@@ -67,7 +68,7 @@ def _convolution_bwd(
                     p = t + (j + k - (W - 1))
                     x = input_tile(x_row, state_ptr, p, s, start, end, d, in_d, D, x_stride_t, W, HAS_STATE)
                     pre += x * tl.load(weight_ptr + d * W + k, mask=in_d, other=0.0).to(tl.float32)[None, :]
-                g = silu_gradient(g, pre)
+                g = silu_gradient(g, pre, x_ptr.dtype.element_ty)
             dx += g * tl.load(weight_ptr + d * W + (W - 1 - j), mask=in_d, other=0.0).to(tl.float32)[None, :]
             if j == 0:
                 dbias += tl.sum(g, axis=0)
@@ -126,7 +127,7 @@ def _initial_state_bwd(
                     p = start + (i + k - (W - 1))
                     x = tl.load(x_ptr + row * x_stride_b + p * x_stride_t + d, mask=live, other=0.0).to(tl.float32)
                 pre += x * tl.load(weight_ptr + d * W + k, mask=in_d, other=0.0).to(tl.float32)
-            g = silu_gradient(g, pre)
+            g = silu_gradient(g, pre, x_ptr.dtype.element_ty)
         seen = kept & (c >= i)[None, :]  # token i meets state column c with tap c - i
         weight = tl.load(weight_ptr + d[:, None] * W + (c - i)[None, :], mask=seen, other=0.0).to(tl.float32)
         dstate += g[:, None] * weight

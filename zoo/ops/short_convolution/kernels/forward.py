@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.launcher import launched
+from zoo.ops.kernels.primitives import sigmoid
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.short_convolution.kernels.inputs import input_tile, rows_contiguous, sequence_of_tokens, spans
 from zoo.ops.short_convolution.kernels.walk import forward_rows
@@ -37,7 +38,7 @@ def _convolution_fwd(
         x = input_tile(x_row, state_ptr, t + (k - (W - 1)), s, start, end, d, in_d, D, x_stride_t, W, HAS_STATE)
         y += x * tl.load(weight_ptr + d * W + k, mask=in_d, other=0.0).to(tl.float32)[None, :]
     if SILU:
-        y = y * tl.sigmoid(y)
+        y = y * sigmoid(y, x_ptr.dtype.element_ty)
     at = y_ptr + (row * T + t[:, None]) * D + d[None, :]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & in_d[None, :])
 

@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.launcher import launched
-from zoo.ops.kernels.primitives import INTERPRETED
+from zoo.ops.kernels.primitives import INTERPRETED, sigmoid
 from zoo.ops.kernels.rows import cdiv
 
 # BLOCK_D channels and SPAN tokens of a program; UNROLL tokens are loaded ahead, a divisor of SPAN.
-FORWARD = {"BLOCK_D": 256, "SPAN": 64, "UNROLL": 8, "num_warps": 2}
-BACKWARD = {"BLOCK_D": 256, "SPAN": 256, "UNROLL": 4, "num_warps": 2}
+FORWARD = {"BLOCK_D": 256, "SPAN": 32, "UNROLL": 8, "num_warps": 2}
+BACKWARD = {"BLOCK_D": 256, "SPAN": 128, "UNROLL": 4, "num_warps": 2}
 MOST_SPANS = 65_535  # of a grid's second axis
 
 
@@ -97,15 +97,15 @@ def walk_fwd(
             window = window[1:] + (ahead[u].to(tl.float32),)
             y = weighted(window, taps, bias, W)
             if SILU:
-                y = y * tl.sigmoid(y)
+                y = y * sigmoid(y, x_ptr.dtype.element_ty)
             tl.store(y_ptr + (row * T + t + u) * D + d, y.to(y_ptr.dtype.element_ty), mask=live(t + u, 0, T, d, in_d))
 
 
 @triton.jit
-def slope(dy, pre, SILU: tl.constexpr):
+def slope(dy, pre, SILU: tl.constexpr, OPERAND: tl.constexpr):
     """dy times the derivative of the activation at pre."""
     if SILU:
-        gate = tl.sigmoid(pre)
+        gate = sigmoid(pre, OPERAND)
         dy = dy * gate * (1.0 + pre * (1.0 - gate))
     return dy
 
@@ -160,7 +160,7 @@ def walk_bwd(
             dys = dys + (tl.load(dy_row + (t + u) * dy_stride_t + d, mask=live(t + u, 0, T, d, in_d), other=0.0),)
         for u in tl.static_range(UNROLL):
             window = window[1:] + (ahead[u].to(tl.float32),)
-            g = slope(dys[u].to(tl.float32), weighted(window, taps, bias, W), SILU)
+            g = slope(dys[u].to(tl.float32), weighted(window, taps, bias, W), SILU, x_ptr.dtype.element_ty)
             g = tl.where(live(t + u, 0, T, d, in_d), g, 0.0)
             grads = grads[1:] + (g,)
             dbias += g
@@ -173,7 +173,7 @@ def walk_bwd(
         t = first + (SPAN + u)
         window = window[1:] + (earlier_row(x_row, state_row, t, T, d, in_d, x_stride_t, W, False),)
         dy = tl.load(dy_row + t * dy_stride_t + d, mask=live(t, 0, T, d, in_d), other=0.0).to(tl.float32)
-        g = slope(dy, weighted(window, taps, bias, W), SILU)
+        g = slope(dy, weighted(window, taps, bias, W), SILU, x_ptr.dtype.element_ty)
         g = tl.where(live(t, 0, T, d, in_d), g, 0.0)
         grads = grads[1:] + (g,)
         store_dx(dx_row, dfinal_row, t - (W - 1), first, T, d, in_d, dx_stride_t, grads, back, W, HAS_FINAL)
