@@ -50,6 +50,8 @@ def _about(about: dict[str, Any]) -> str:
 
 def _tests(found: dict[str, Any], folder: Path) -> Iterator[str]:
     yield f"### Kernel tests and conformance\n\n{found['device']}\n"
+    if "note" in found:
+        yield f"{found['note']}\n"
     yield "| step | group | passed | skipped | failed |\n|---|---|---|---|---|"
     for step, outcome in found["steps"].items():
         for group, counts in outcome.get("counts", {}).items():
@@ -90,8 +92,8 @@ def _operators(found: dict[str, Any], folder: Path) -> Iterator[str]:
 
 def _backends(found: dict[str, Any], folder: Path) -> Iterator[str]:
     yield f"### Whole layers, every backend against the layer's own PyTorch path\n\n{_about(found['about'])}\n"
-    yield "| mixer | backend | forward | against plain | train step | against plain | MiB of a train step |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| mixer | backend | forward | against plain | train step | against plain | MiB of a train step | commit |"
+    yield "|---|---|---|---|---|---|---|---|"
     plain: dict[str, dict[str, Any]] = {row["mixer"]: row for row in found["rows"] if row["plain"]}
     for row in found["rows"]:
         cells = []
@@ -100,8 +102,8 @@ def _backends(found: dict[str, Any], folder: Path) -> Iterator[str]:
             base = plain.get(row["mixer"], {}).get(kind, {}).get("samples_ms")
             cells.append(f"{median(samples):.3f}" if samples else row[kind].get("error", "")[:60])
             cells.append(f"x{median(base) / median(samples):.2f}" if samples and base and not row["plain"] else "")
-        memory = row["train step"].get("peak_bytes")
-        yield f"| {row['mixer']} | {row['backend']} | {' | '.join(cells)} | {memory / 2**20 if memory else 0:.0f} |"
+        memory, commit = (row["train step"].get("peak_bytes") or 0) / 2**20, row.get("commit", "")
+        yield f"| {row['mixer']} | {row['backend']} | {' | '.join(cells)} | {memory:.0f} | {commit} |"
     yield ""
 
 
