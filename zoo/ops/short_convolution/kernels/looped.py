@@ -1,8 +1,7 @@
 """Short convolution of many taps, without activation: loops over taps instead of unrolling them.
 
-Rows without packing and states are served by `many.py`. Here the taps of a channel meet shifted copies of one tile,
-which stay in the cache. Sums over tokens are kept per program and added up afterwards, so that every run gives the same
-bits.
+The taps of a channel meet shifted copies of one tile, which stay in the cache. Sums over tokens are kept per program
+and added up afterwards, so that every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.short_convolution.kernels.forward import _final_state
 from zoo.ops.short_convolution.kernels.inputs import input_tile, rows_contiguous, sequence_of_tokens, spans
-from zoo.ops.short_convolution.kernels.many import many_dweight, many_taps
 
 BLOCK_T, BLOCK_D = 32, 64
 STATE_BLOCK_D = 16  # channels of a program that holds all taps of each
@@ -147,20 +145,16 @@ def looped_forward(
     state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
     sequence, ends = (x, x) if cu_seqlens is None else sequence_of_tokens(cu_seqlens, tokens)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    whole = cu_seqlens is None and state is None
+    y = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
     final = torch.empty((sequences, channels, width - 1), dtype=x.dtype, device=x.device)
     flags = {"W": width, "HAS_STATE": state is not None, "PACKED": cu_seqlens is not None}
     held = x if state is None else state
     bias = None if bias is None else bias.contiguous()
-    if whole:
-        y = many_taps(x, taps, bias, reverse=False)
-    else:
-        y = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-        _looped_fwd[(batch * cdiv(tokens, BLOCK_T), cdiv(channels, BLOCK_D))](
-            x, taps, x if bias is None else bias, held, y, sequence, ends,
-            tokens, channels, x.stride(0), x.stride(1),
-            HAS_BIAS=bias is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, **flags, num_warps=4,
-        )  # fmt: skip
+    _looped_fwd[(batch * cdiv(tokens, BLOCK_T), cdiv(channels, BLOCK_D))](
+        x, taps, x if bias is None else bias, held, y, sequence, ends,
+        tokens, channels, x.stride(0), x.stride(1),
+        HAS_BIAS=bias is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, **flags, num_warps=4,
+    )  # fmt: skip
     _final_state[(sequences, cdiv(channels, STATE_BLOCK_D))](
         x, held, final, ends, tokens, channels, x.stride(0), x.stride(1),
         BLOCK_D=STATE_BLOCK_D, BLOCK_W=max(2, next_power_of_2(width - 1)), **flags, num_warps=4,
@@ -188,23 +182,19 @@ def looped_backward(
     packed = cu_seqlens is not None
     dy_steps, x_steps = (dy.stride(0), dy.stride(1)), (x.stride(0), x.stride(1))
     column_blocks = cdiv(channels, BLOCK_D)
-    if not packed and state is None and dfinal is None:
-        dx = many_taps(dy, weight.t().contiguous(), None, reverse=True)
-        sums = many_dweight(dy, x, width)
-    else:
-        dx = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-        _looped_dx[(batch * cdiv(tokens, BLOCK_T), column_blocks)](
-            dy, late, weight.t().contiguous(), dx, sequence, ends, tokens, channels, *dy_steps,
-            W=width, HAS_FINAL=dfinal is not None, PACKED=packed, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
-        )  # fmt: skip
-        programs = batch * cdiv(tokens, SEGMENT)
-        partial = torch.empty((programs, width + 1, channels), dtype=torch.float32, device=x.device)
-        _looped_dweight[(programs, cdiv(channels, BLOCK_D // 2))](
-            dy, x, x if state is None else state, partial, sequence, ends, tokens, channels, *dy_steps, *x_steps,
-            W=width, HAS_STATE=state is not None, PACKED=packed,
-            SEGMENT=SEGMENT, BLOCK_D=BLOCK_D // 2, BLOCK_W=next_power_of_2(width), num_warps=4,
-        )  # fmt: skip
-        sums = partial.sum(0)  # [W+1, D]
+    dx = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
+    _looped_dx[(batch * cdiv(tokens, BLOCK_T), column_blocks)](
+        dy, late, weight.t().contiguous(), dx, sequence, ends, tokens, channels, *dy_steps,
+        W=width, HAS_FINAL=dfinal is not None, PACKED=packed, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
+    )  # fmt: skip
+    programs = batch * cdiv(tokens, SEGMENT)
+    partial = torch.empty((programs, width + 1, channels), dtype=torch.float32, device=x.device)
+    _looped_dweight[(programs, cdiv(channels, BLOCK_D // 2))](
+        dy, x, x if state is None else state, partial, sequence, ends, tokens, channels, *dy_steps, *x_steps,
+        W=width, HAS_STATE=state is not None, PACKED=packed,
+        SEGMENT=SEGMENT, BLOCK_D=BLOCK_D // 2, BLOCK_W=next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+    sums = partial.sum(0)  # [W+1, D]
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device).copy_(sums[:width].t())
     dbias = x.new_empty(0)
     if bias is not None:
