@@ -11,6 +11,28 @@ import pytest
 import torch
 
 
+LONG = (  # ends of names: ten seconds and more in the interpreter, each beside a shorter test of the same thing
+    "test_every_group_size_meets_the_definition[True-1]",
+    "test_the_kernels_compile_whole[chunk-and-one]",
+    "test_the_kernels_compile_whole[packed]",
+    "test_outputs_states_and_gradients_stay_within_budget[packed-dtype2]",
+    "test_outputs_states_and_gradients_stay_within_budget[padded-dtype2]",
+    "test_a_backward_in_slabs_is_within_budget[True]",
+    "test_the_gradient_of_the_skip_beside_transforms_is_rounded_once[300-0-300]",
+    "test_many_rows_or_channels_fill_several_programs[1-3-70]",
+    "test_nothing_crosses_a_boundary_even_nan[16-dtype1]",
+    "test_packed_sequences_are_within_budget[kind0-ends5]",
+    "test_several_chunks_stay_within_budget[dtype1]",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.nodeid.endswith(LONG):
+                item.add_marker(pytest.mark.skip(reason="takes long in the interpreter; needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     if torch.cuda.is_available():

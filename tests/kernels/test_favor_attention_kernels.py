@@ -135,7 +135,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return torch.bfloat16
 
 
-HALF = pytest.mark.parametrize("kernels", ["walk", "border"], indirect=True)
+LONG = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes long in the interpreter; needs a CUDA device")
+HALF = pytest.mark.parametrize("kernels", ["walk", pytest.param("border", marks=LONG)], indirect=True)
 
 
 @HALF
@@ -145,8 +146,8 @@ def test_the_bfloat16_kernels_of_wide_heads_stay_within_budget(name: str, kernel
     check(inputs(device, **sizes | WIDE, **options), kernels, **options)
 
 
-@HALF
-@pytest.mark.parametrize("weights", ["single", "half"])
+@pytest.mark.parametrize("kernels", ["walk", "border"], indirect=True)
+@pytest.mark.parametrize("weights", [pytest.param("single", marks=LONG), "half"])
 def test_every_form_of_the_weights_stays_within_budget(
     weights: str, kernels: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
