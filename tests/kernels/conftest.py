@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-
 LONG = (  # ends of names: ten seconds and more in the interpreter, each beside a shorter test of the same thing
     "test_every_group_size_meets_the_definition[True-1]",
     "test_the_kernels_compile_whole[chunk-and-one]",
