@@ -34,29 +34,17 @@ def variants() -> list[dict[str, Any]]:
     """Tables of the launcher; "old": the kernels before the walks."""
     found: list[dict[str, Any]] = [{"scheme": "old"}]
     read, gradient = (64, 128, 4, 1), (64, 64, 4, 1)
-    for weights in ("split", "half"):
-        names = ("CHUNK", "BLOCK_M", "num_warps", "num_stages")
+    names = ("CHUNK", "BLOCK_M", "num_warps", "num_stages")
+    for weights in ("half", "split", "single"):
         table = {"read": dict(zip(names, read)) | {"RUN": 32}, "gradient": dict(zip(names, gradient)) | {"RUN": 32}}
         found.append(table | {"weights": weights, "scheme": "walk"})
-    for weights, chunk, sweep, read, gradient in (
-        ("split", 64, (64, 128, 8, 2), (128, 4, 1), (64, 4, 1)),
-        ("split", 64, (64, 64, 4, 2), (64, 4, 1), (128, 4, 1)),
-        ("split", 128, (64, 128, 8, 2), (128, 8, 1), (128, 8, 1)),
-        ("half", 64, (64, 128, 8, 2), (128, 4, 1), (64, 4, 1)),
-        ("single", 64, (64, 128, 8, 3), (128, 4, 1), (64, 4, 1)),
-    ):  # fmt: skip
-        names = ("BLOCK_M", "num_warps", "num_stages")
-        border = {"chunk": chunk, "sweep": dict(zip(("PART", *names), sweep))}
-        border |= {"read": dict(zip(names, read)), "gradient": dict(zip(names, gradient))}
-        found.append(found[1] | {"weights": weights, "scheme": "border", "border": border})
     return found
 
 
 def label(table: dict[str, Any]) -> str:
     """One variant in a few words."""
-    shown = table["border"] if table["scheme"] == "border" else table
-    parts = [" ".join(str(x) for x in shown[k].values()) for k in ("sweep", "read", "gradient") if k in shown]
-    return " | ".join([f"{table['scheme']} {table.get('weights', '')} {shown.get('chunk', '')}", *parts])
+    parts = [" ".join(str(x) for x in table[k].values()) for k in ("read", "gradient") if k in table]
+    return " | ".join([f"{table['scheme']} {table.get('weights', '')}", *parts])
 
 
 def draw(batch: int, tokens: int, heads: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -77,7 +65,7 @@ def install(table: dict[str, Any]) -> None:
     from zoo.ops.favor_attention.kernels import launch, walk_launch
 
     launch.serves = (lambda *sizes: False) if table["scheme"] == "old" else walk_launch.serves
-    walk_launch.TABLE.update(table)
+    walk_launch.TABLE.update({name: part for name, part in table.items() if name != "scheme"})
 
 
 def outcome(given: dict[str, torch.Tensor], backend: str) -> dict[str, torch.Tensor]:
@@ -98,7 +86,7 @@ def relative(a: torch.Tensor, e: torch.Tensor) -> float:
 
 def launches(table: dict[str, Any], given: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Every launch of the installed variant with its sum over slices, by what it computes."""
-    from zoo.ops.favor_attention.kernels import border_launch, launch, walk_launch
+    from zoo.ops.favor_attention.kernels import launch, walk_launch
 
     q, k, v, dy, w = (given[name] for name in ("q", "k", "v", "dy", "projection"))
     starts = torch.arange(q.shape[0], device="cuda") * q.shape[1]
@@ -114,41 +102,21 @@ def launches(table: dict[str, Any], given: dict[str, torch.Tensor]) -> dict[str,
         }  # fmt: skip
     delta, last = torch.zeros_like(log_total), state.clone()
     walk = walk_launch.walk_of(k, w, *spans[:2], HEADS, 128, False, 0.0)
-    if table["scheme"] == "walk":
-        read, gradient = walk_launch.read_walk, walk_launch.gradient_walk
-        return {
-            "y": lambda: read(walk, q, k, v, None, None, last, y, log_total),
-            "dv": lambda: read(walk, k, q, dy, log_total, state, last, None, None),
-            "dq": lambda: gradient(walk, q, k, dy, v, log_total, delta, None, last, reverse=False),
-            "dk": lambda: gradient(walk, k, q, v, dy, log_total, delta, state, last, reverse=True),
-        }
-    slots = border_launch.slots_of(walk, q.shape[1], packed=False)
-    sweep, read, gradient = border_launch.sweep, border_launch.read_borders, border_launch.gradient_borders
-    made = {}
-
-    def sweep_forward() -> None:
-        made["forward"] = sweep(walk, slots, k, v, None, None, None, last)
-
-    def sweep_reverse() -> None:
-        made["reverse"] = sweep(walk, slots, q, dy, log_total, delta, state, last)
-
+    read, gradient = walk_launch.read_walk, walk_launch.gradient_walk
     return {
-        "sweep": sweep_forward,
-        "y": lambda: read(walk, slots, made["forward"], q, k, v, None, y, log_total),
-        "dq": lambda: gradient(walk, slots, made["forward"], q, k, dy, v, log_total, delta, reverse=False),
-        "back": sweep_reverse,
-        "dv": lambda: read(walk, slots, made["reverse"], k, q, dy, log_total, None, None),
-        "dk": lambda: gradient(walk, slots, made["reverse"], k, q, v, dy, log_total, delta, reverse=True),
+        "y": lambda: read(walk, q, k, v, None, None, last, y, log_total),
+        "dv": lambda: read(walk, k, q, dy, log_total, state, last, None, None),
+        "dq": lambda: gradient(walk, q, k, dy, v, log_total, delta, None, last, reverse=False),
+        "dk": lambda: gradient(walk, k, q, v, dy, log_total, delta, state, last, reverse=True),
     }
 
 
 def compile_all(table: dict[str, Any]) -> None:
     """The kernels of the installed variant, compiled side by side."""
     calls = launches(table, draw(1, 256, HEADS))
-    for names in (("sweep", "back"), ("y", "dv", "dq", "dk", "forward")):
-        with ThreadPoolExecutor(4) as pool:
-            for job in [pool.submit(calls[name]) for name in names if name in calls]:
-                job.exception()  # the check meets it again
+    with ThreadPoolExecutor(4) as pool:
+        for job in [pool.submit(call) for call in calls.values()]:
+            job.exception()  # the check meets it again
 
 
 def check_child(index: int, folder: str) -> None:

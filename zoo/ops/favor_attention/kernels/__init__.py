@@ -9,7 +9,5 @@ the running maximum of the writers. Inside a chunk it is that of the chunk's fir
 ends before a writer that would outgrow it by more than exp(LIMIT): no sum overflows, a product that underflows is below
 1e-20 of its row's largest, and no row depends on what comes after it.
 
-In bfloat16 the causal kernels of wide heads have a scale that moves seldom. `walk_read` and `walk_gradient` keep the
-sums in registers, as the others do; `border_sweep` writes them to memory at the borders of chunks, where `border_read`
-and `border_gradient` have a program for every chunk. `walk_launch.TABLE` says which.
+In bfloat16 the causal kernels of wide heads have a scale that moves seldom: `walk_read` and `walk_gradient`.
 """

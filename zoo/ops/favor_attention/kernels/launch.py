@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.ops.favor_attention.kernels.border_launch import gradient_borders, read_borders, slots_of, sweep
 from zoo.ops.favor_attention.kernels.causal_gradient import causal_gradient_kernel
 from zoo.ops.favor_attention.kernels.causal_read import causal_read_kernel
 from zoo.ops.favor_attention.kernels.rows import combine_kernel, delta_kernel
-from zoo.ops.favor_attention.kernels.walk_launch import Walk, gradient_walk, read_walk, serves, walk_of
+from zoo.ops.favor_attention.kernels.walk_launch import gradient_walk, read_walk, serves, walk_of
 from zoo.ops.favor_attention.kernels.whole import whole_gradient_kernel, whole_read_kernel, whole_sum_kernel
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.semiseparable.kernels.launch import OPERANDS, contiguous, flat, on_device, strides
@@ -104,12 +103,7 @@ def forward(
     with on_device(v):
         if causal and serves(q.shape[3], v.shape[3], projection.shape[0], v.dtype):
             walk = walk_of(k, projection, spans[0], spans[1], call.heads, v.shape[3], relu, feature_eps)
-            if walk.table["scheme"] == "walk":
-                read_walk(walk, q, k, v, None, contiguous(initial_state), state, y, log_total)
-            else:
-                slots = slots_of(walk, y.shape[1], packed=packed)
-                borders = sweep(walk, slots, k, v, None, None, contiguous(initial_state), state)
-                read_borders(walk, slots, borders, q, k, v, None, y, log_total)
+            read_walk(walk, q, k, v, None, contiguous(initial_state), state, y, log_total)
         elif causal:
             causal_read(call, q, k, v, None, contiguous(initial_state), state, y, log_total)
         else:
@@ -146,8 +140,9 @@ def backward(
         )
         if causal and serves(q.shape[3], channels, call.constants["M"], v.dtype):
             walk = walk_of(k, projection, spans[0], spans[1], call.heads, channels, relu, feature_eps)
-            dq, dk, dv = half_precision_gradients(walk, dy, q, k, v, log_total, delta, initial, first, last, packed)
-            dv = by_group(dv, v)
+            dq = gradient_walk(walk, q, k, dy, v, log_total, delta, initial, last, reverse=False)
+            dk = gradient_walk(walk, k, q, v, dy, log_total, delta, first, last, reverse=True)
+            dv = by_group(read_walk(walk, k, q, dy, log_total, first, last, None, None), v)
         elif causal:
             if balanced:
                 left = causal_gradient(call, q, k, dy, v, log_total, delta, initial, last, reverse=False, balance=True)
@@ -170,23 +165,6 @@ def backward(
         scale = last.new_ones(()) if relu else (initial[..., -1:] + last[..., -1:]).exp()
         dinitial = torch.cat([last[..., :-2] * scale, -last[..., -2:-1] * scale, torch.zeros_like(last[..., :1])], -1)
     return dq.to(q.dtype), by_group(dk, k), dv, dinitial
-
-
-def half_precision_gradients(
-    walk: Walk, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, log_total: Tensor, delta: Tensor,
-    initial: Tensor | None, first: Tensor, last: Tensor, packed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v for every query head [B,T,H,.], and the last state in reverse into `last`."""
-    if walk.table["scheme"] == "walk":
-        dq = gradient_walk(walk, q, k, dy, v, log_total, delta, initial, last, reverse=False)
-        dk = gradient_walk(walk, k, q, v, dy, log_total, delta, first, last, reverse=True)
-        return dq, dk, read_walk(walk, k, q, dy, log_total, first, last, None, None)
-    slots = slots_of(walk, q.shape[1], packed=packed)
-    borders = sweep(walk, slots, k, v, None, None, initial, last)
-    dq = gradient_borders(walk, slots, borders, q, k, dy, v, log_total, delta, reverse=False)
-    borders = sweep(walk, slots, q, dy, log_total, delta, first, last)
-    dk = gradient_borders(walk, slots, borders, k, q, v, dy, log_total, delta, reverse=True)
-    return dq, dk, read_borders(walk, slots, borders, k, q, dy, log_total, None, None)
 
 
 def by_group(part: Tensor, like: Tensor) -> Tensor:

@@ -16,21 +16,11 @@ from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.semiseparable.kernels.launch import strides
 
 ROWS = 32  # rows of a program of the row kernel
-# SCHEME: "walk" (one pass with the state in registers) or "border" (states at the borders of chunks go to memory, every
-# chunk is a program of its own). By kernel of the walks: tokens of a chunk, features of a program at most, chunks of a
-# run, warps, stages. "border": tokens of a chunk, and by kernel the features of a program (PART: tokens of a step of
-# the sweep). WEIGHTS: what <w, x'> is made of: "split" (two bfloat16 parts of w), "half" (w and x in float16),
-# "single" (w rounded to bfloat16).
+# By kernel: tokens of a chunk, features of a program at most, chunks of a run, warps, stages. WEIGHTS: what <w, x'> is
+# made of: "split" (two bfloat16 parts of w), "half" (w and x in float16), "single" (w rounded to bfloat16).
 TABLE: dict[str, Any] = {
-    "scheme": "walk",
     "read": {"CHUNK": 64, "BLOCK_M": 128, "RUN": 32, "num_warps": 4, "num_stages": 1},
     "gradient": {"CHUNK": 64, "BLOCK_M": 64, "RUN": 32, "num_warps": 4, "num_stages": 1},
-    "border": {
-        "chunk": 64,
-        "sweep": {"PART": 64, "BLOCK_M": 128, "num_warps": 8, "num_stages": 2},
-        "read": {"BLOCK_M": 128, "num_warps": 4, "num_stages": 1},
-        "gradient": {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1},
-    },
     "weights": "half",
 }
 NARROWEST, WIDEST = 64, 128  # heads; tiles of 16 columns gave a wrong gradient of v on an H100 (Triton 3.6)
@@ -38,7 +28,7 @@ FEWEST = 64  # features
 
 
 def serves(width: int, channels: int, count: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels in bfloat16 serve heads of these widths and so many features.
+    """Whether the walks serve heads of these widths and so many features.
 
     They want whole tensor-core tiles of at least 64 columns, and states that fit in registers.
     """
