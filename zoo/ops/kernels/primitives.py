@@ -32,9 +32,12 @@ def exp(x):
 
 
 @triton.jit
-def power(x, OPERAND: tl.constexpr):
-    """e^x for x <= 0: to the accuracy of float32 where operands are float32, else as the hardware gives it."""
-    if tl.float32 == OPERAND:
+def exponential(x, EXACT: tl.constexpr):
+    """e^x. EXACT, for float32 operands: `exp`; else as the hardware gives it.
+
+    `exp` in half precision makes LLVM's vectoriser abort on the gradients of the semiseparable scan (Triton 3.6).
+    """
+    if EXACT:
         result = exp(x)
     else:
         result = tl.exp2(x * LOG2E)
@@ -42,13 +45,19 @@ def power(x, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(x, OPERAND: tl.constexpr):
-    """1 / (1 + e^-x), float32: to its accuracy where operands are float32, else as the hardware gives it."""
-    if tl.float32 == OPERAND:
-        result = tl.div_rn(1.0, 1.0 + exp(-x))
+def quotient(a, b, EXACT: tl.constexpr):
+    """a / b, correctly rounded if EXACT: the usual quotient is off by up to 2 units in the last place."""
+    if EXACT:
+        result = tl.div_rn(a, b)
     else:
-        result = tl.sigmoid(x)
+        result = a / b
     return result
+
+
+@triton.jit
+def sigmoid(x, EXACT: tl.constexpr):
+    """1 / (1 + e^-x), float32; EXACT as in `exponential`."""
+    return quotient(1.0, 1.0 + exponential(-x, EXACT), EXACT)
 
 
 @triton.jit

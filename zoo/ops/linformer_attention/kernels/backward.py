@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.launcher import launched
-from zoo.ops.kernels.primitives import add_product, dot, power
+from zoo.ops.kernels.primitives import add_product, dot, exponential
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.kernels.widths import cut_width
 from zoo.ops.linformer_attention.kernels.tiles import attend_tiles, gather_tiles, split_length
@@ -51,7 +51,8 @@ def _attend_bwd_queries(
     values = tl.load(values_ptr + row[:, None] + p[None, :], mask=held, other=0.0)
     logits = tl.where(in_r[None, :], dot(q, tl.trans(keys)), float("-inf"))
     top = tl.max(logits, axis=1)
-    weights = power((logits - top[:, None]) * scale, q.dtype)  # [BLOCK_T, BLOCK_R]; scaled logits would be rounded more
+    below = (logits - top[:, None]) * scale  # scaled logits would be rounded more
+    weights = exponential(below, q.dtype == tl.float32)  # [BLOCK_T, BLOCK_R]
     share = tl.div_rn(1.0, tl.sum(weights, axis=1))
     weights = weights * share[:, None]
     dweights = dot(dy, tl.trans(values))
@@ -108,7 +109,7 @@ def _attend_bwd_keys(
             share = tl.load(share_ptr + stat_at + t, mask=in_t, other=0.0)
             delta = tl.load(delta_ptr + stat_at + t, mask=in_t, other=0.0)
             logits = dot(keys, tl.trans(q))  # [BLOCK_R, BLOCK_T]
-            weights = power((logits - top[None, :]) * scale, q.dtype) * share[None, :]
+            weights = exponential((logits - top[None, :]) * scale, q.dtype == tl.float32) * share[None, :]
             dvalues, dvalues_lost = add_product(dvalues, dvalues_lost, weights.to(dy.dtype), dy)
             ds = weights * (dot(values, tl.trans(dy)) - delta[None, :])
             dkeys, dkeys_lost = add_product(dkeys, dkeys_lost, ds.to(q.dtype), q)

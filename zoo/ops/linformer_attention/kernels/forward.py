@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.launcher import launched
-from zoo.ops.kernels.primitives import dot, power
+from zoo.ops.kernels.primitives import dot, exponential
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.kernels.widths import cut_width
 from zoo.ops.linformer_attention.kernels.tiles import attend_tiles
@@ -40,7 +40,8 @@ def _attend_fwd(
     keys = tl.load(keys_ptr + row[None, :] + p[:, None], mask=in_r[None, :] & in_p[:, None], other=0.0)  # [P,R]
     values = tl.load(values_ptr + row[:, None] + p[None, :], mask=in_r[:, None] & in_p[None, :], other=0.0)  # [R,P]
     logits = tl.where(in_r[None, :], dot(q, keys), float("-inf"))  # [BLOCK_T, BLOCK_R]
-    weights = power((logits - tl.max(logits, axis=1)[:, None]) * scale, q.dtype)  # scaled logits would be rounded more
+    below = (logits - tl.max(logits, axis=1)[:, None]) * scale  # scaled logits would be rounded more
+    weights = exponential(below, q.dtype == tl.float32)
     y = dot(weights.to(values.dtype), values) / tl.sum(weights, axis=1)[:, None]
     y = tl.where(real[:, None], y, 0.0)
     y_at = y_ptr + ((b * T + t) * H + head)[:, None] * P + p[None, :]

@@ -52,7 +52,7 @@ def _norm_bwd(
         value = x
         share, gate = x, x
         if HAS_GATE:
-            share = sigmoid(z, x_ptr.dtype.element_ty)
+            share = sigmoid(z, x_ptr.dtype.element_ty == tl.float32)
             gate = z * share
             if not NORM_FIRST:
                 value = x * gate

@@ -26,7 +26,7 @@ def _norm_fwd(
     gate = value
     if HAS_GATE:
         z = tl.load(z_ptr + row * z_stride_r + d, mask=in_group, other=0.0).to(tl.float32)
-        gate = z * sigmoid(z, x_ptr.dtype.element_ty)
+        gate = z * sigmoid(z, x_ptr.dtype.element_ty == tl.float32)
         if not NORM_FIRST:
             value = value * gate
     value = value * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(value * value, axis=0) / GROUP + eps))

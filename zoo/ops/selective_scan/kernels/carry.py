@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from zoo.ops.kernels.launcher import launched
+from zoo.ops.kernels.primitives import sigmoid
 from zoo.ops.selective_scan.kernels.tokens import (
     channel_block,
     decay_of,
@@ -16,7 +17,6 @@ from zoo.ops.selective_scan.kernels.tokens import (
     load_states,
     load_tokens,
     rates,
-    sigmoid,
     span_of,
     store_states,
     time_step,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from zoo.ops.kernels.launcher import launched
-from zoo.ops.kernels.primitives import LN2
+from zoo.ops.kernels.primitives import LN2, sigmoid
 from zoo.ops.selective_scan.kernels.tokens import (
     channel_block,
     decay_of,
@@ -18,7 +18,6 @@ from zoo.ops.selective_scan.kernels.tokens import (
     load_states,
     load_tokens,
     rates,
-    sigmoid,
     span_of,
     store_states,
     time_step,

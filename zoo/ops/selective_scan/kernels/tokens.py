@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.ops.kernels.primitives import LN2, LOG2E, LOG2E_REST, exp
+from zoo.ops.kernels.primitives import LN2, LOG2E, LOG2E_REST, exponential, quotient
 
 FIT_0 = tl.constexpr(0.3333333366846907)  # (atanh(s) / s - 1) / s^2 in powers of s^2
 FIT_1 = tl.constexpr(0.19999850708085468)
@@ -40,16 +40,6 @@ def span_of(piece, owner_ptr, cu_ptr, T, pieces, SIZE, PACKED: tl.constexpr):
 
 
 @triton.jit
-def exponential(x, EXACT: tl.constexpr):
-    """e^x. EXACT, for float32 inputs: without the error of rounding x log2(e), which grows with x."""
-    if EXACT:
-        result = exp(x)
-    else:
-        result = tl.exp2(x * LOG2E)
-    return result
-
-
-@triton.jit
 def decay_of(rate, step, EXACT: tl.constexpr):
     """Decay of a tile [ROWS,BLOCK_E] of states over a time step [BLOCK_E]; rate as `rates` returns it.
 
@@ -64,22 +54,6 @@ def decay_of(rate, step, EXACT: tl.constexpr):
     else:
         decay = tl.exp2(rate * step[None, :])
     return decay
-
-
-@triton.jit
-def quotient(a, b, EXACT: tl.constexpr):
-    """a / b, correctly rounded if EXACT: the usual quotient is off by up to 2 units in the last place."""
-    if EXACT:
-        result = tl.div_rn(a, b)
-    else:
-        result = a / b
-    return result
-
-
-@triton.jit
-def sigmoid(raw, EXACT: tl.constexpr):
-    """1 / (1 + e^-raw)."""
-    return quotient(1.0, 1.0 + exponential(-raw, EXACT), EXACT)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.ops.kernels.primitives import INTERPRETED, exp
+from zoo.ops.kernels.primitives import INTERPRETED, exponential
 
 CUT = tl.constexpr(-104.0)  # a log decay below this one is a factor of exactly 0 in float32
 GRAIN = tl.constexpr(2.0**-10)  # sums of a chunk's decays are exact in multiples of it
@@ -96,29 +96,16 @@ def at_end(values, step, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def factor_of(log_factor, OPERAND: tl.constexpr):
-    """e^log_factor, to the last digit of float32 where operands have them.
-
-    The accurate exponential also makes LLVM's vectoriser abort on the gradients in half precision (Triton 3.6).
-    """
-    if tl.float32 == OPERAND:
-        factor = exp(log_factor)
-    else:
-        factor = tl.exp(log_factor)
-    return factor
-
-
-@triton.jit
 def decay_to_end(coarse, fine, cuts, step, CHUNK: tl.constexpr, OPERAND: tl.constexpr):
     """Factor [CHUNK] from each token to the end of the chunk; masked before the exponential."""
     difference = (at_end(coarse, step, CHUNK) - coarse) + (at_end(fine, step, CHUNK) - fine)
-    return factor_of(tl.where(cuts == at_end(cuts, step, CHUNK), difference, float("-inf")), OPERAND)
+    return exponential(tl.where(cuts == at_end(cuts, step, CHUNK), difference, float("-inf")), tl.float32 == OPERAND)
 
 
 @triton.jit
 def decay_from_start(coarse, fine, cuts, OPERAND: tl.constexpr):
     """Factor [CHUNK] from before the chunk to each token; 0 after a zero factor."""
-    return factor_of(tl.where(cuts == 0, coarse + fine, float("-inf")), OPERAND)
+    return exponential(tl.where(cuts == 0, coarse + fine, float("-inf")), tl.float32 == OPERAND)
 
 
 @triton.jit
@@ -132,7 +119,7 @@ def pair_decay(coarse, fine, cuts, step, HAS_DECAY: tl.constexpr, TRANSPOSED: tl
         difference = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     if HAS_DECAY:
         linked = causal & (cuts[:, None] == cuts[None, :])
-        factor = factor_of(tl.where(linked, difference, float("-inf")), OPERAND)
+        factor = exponential(tl.where(linked, difference, float("-inf")), tl.float32 == OPERAND)
     else:
         factor = causal.to(tl.float32)
     return factor

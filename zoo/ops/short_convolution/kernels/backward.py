@@ -25,9 +25,9 @@ TILES = 8  # tiles of BLOCK_T tokens per program
 
 
 @triton.jit
-def silu_gradient(dy, pre, OPERAND: tl.constexpr):
+def silu_gradient(dy, pre, EXACT: tl.constexpr):
     """dy d silu(pre) / d pre."""
-    gate = sigmoid(pre, OPERAND)
+    gate = sigmoid(pre, EXACT)
     return dy * gate * (1.0 + pre * (1.0 - gate))
 
 
@@ -68,7 +68,7 @@ def _convolution_bwd(
                     p = t + (j + k - (W - 1))
                     x = input_tile(x_row, state_ptr, p, s, start, end, d, in_d, D, x_stride_t, W, HAS_STATE)
                     pre += x * tl.load(weight_ptr + d * W + k, mask=in_d, other=0.0).to(tl.float32)[None, :]
-                g = silu_gradient(g, pre, x_ptr.dtype.element_ty)
+                g = silu_gradient(g, pre, x_ptr.dtype.element_ty == tl.float32)
             dx += g * tl.load(weight_ptr + d * W + (W - 1 - j), mask=in_d, other=0.0).to(tl.float32)[None, :]
             if j == 0:
                 dbias += tl.sum(g, axis=0)
@@ -127,7 +127,7 @@ def _initial_state_bwd(
                     p = start + (i + k - (W - 1))
                     x = tl.load(x_ptr + row * x_stride_b + p * x_stride_t + d, mask=live, other=0.0).to(tl.float32)
                 pre += x * tl.load(weight_ptr + d * W + k, mask=in_d, other=0.0).to(tl.float32)
-            g = silu_gradient(g, pre, x_ptr.dtype.element_ty)
+            g = silu_gradient(g, pre, x_ptr.dtype.element_ty == tl.float32)
         seen = kept & (c >= i)[None, :]  # token i meets state column c with tap c - i
         weight = tl.load(weight_ptr + d[:, None] * W + (c - i)[None, :], mask=seen, other=0.0).to(tl.float32)
         dstate += g[:, None] * weight

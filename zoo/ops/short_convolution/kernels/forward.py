@@ -38,7 +38,7 @@ def _convolution_fwd(
         x = input_tile(x_row, state_ptr, t + (k - (W - 1)), s, start, end, d, in_d, D, x_stride_t, W, HAS_STATE)
         y += x * tl.load(weight_ptr + d * W + k, mask=in_d, other=0.0).to(tl.float32)[None, :]
     if SILU:
-        y = y * sigmoid(y, x_ptr.dtype.element_ty)
+        y = y * sigmoid(y, x_ptr.dtype.element_ty == tl.float32)
     at = y_ptr + (row * T + t[:, None]) * D + d[None, :]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & in_d[None, :])
 

@@ -97,15 +97,15 @@ def walk_fwd(
             window = window[1:] + (ahead[u].to(tl.float32),)
             y = weighted(window, taps, bias, W)
             if SILU:
-                y = y * sigmoid(y, x_ptr.dtype.element_ty)
+                y = y * sigmoid(y, x_ptr.dtype.element_ty == tl.float32)
             tl.store(y_ptr + (row * T + t + u) * D + d, y.to(y_ptr.dtype.element_ty), mask=live(t + u, 0, T, d, in_d))
 
 
 @triton.jit
-def slope(dy, pre, SILU: tl.constexpr, OPERAND: tl.constexpr):
+def slope(dy, pre, SILU: tl.constexpr, EXACT: tl.constexpr):
     """dy times the derivative of the activation at pre."""
     if SILU:
-        gate = sigmoid(pre, OPERAND)
+        gate = sigmoid(pre, EXACT)
         dy = dy * gate * (1.0 + pre * (1.0 - gate))
     return dy
 
@@ -160,7 +160,9 @@ def walk_bwd(
             dys = dys + (tl.load(dy_row + (t + u) * dy_stride_t + d, mask=live(t + u, 0, T, d, in_d), other=0.0),)
         for u in tl.static_range(UNROLL):
             window = window[1:] + (ahead[u].to(tl.float32),)
-            g = slope(dys[u].to(tl.float32), weighted(window, taps, bias, W), SILU, x_ptr.dtype.element_ty)
+            g = slope(
+                dys[u].to(tl.float32), weighted(window, taps, bias, W), SILU, x_ptr.dtype.element_ty == tl.float32
+            )
             g = tl.where(live(t + u, 0, T, d, in_d), g, 0.0)
             grads = grads[1:] + (g,)
             dbias += g
@@ -173,7 +175,7 @@ def walk_bwd(
         t = first + (SPAN + u)
         window = window[1:] + (earlier_row(x_row, state_row, t, T, d, in_d, x_stride_t, W, False),)
         dy = tl.load(dy_row + t * dy_stride_t + d, mask=live(t, 0, T, d, in_d), other=0.0).to(tl.float32)
-        g = slope(dy, weighted(window, taps, bias, W), SILU, x_ptr.dtype.element_ty)
+        g = slope(dy, weighted(window, taps, bias, W), SILU, x_ptr.dtype.element_ty == tl.float32)
         g = tl.where(live(t, 0, T, d, in_d), g, 0.0)
         grads = grads[1:] + (g,)
         store_dx(dx_row, dfinal_row, t - (W - 1), first, T, d, in_d, dx_stride_t, grads, back, W, HAS_FINAL)

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.kernels.primitives import add_product, dot
+from zoo.ops.kernels.primitives import add_product, dot, exponential
 from zoo.ops.softmax_attention.kernels.tiles import strides, tiles_of
 from zoo.ops.synthetic_attention.kernels.operands import Operands, Stats, fresh_like, table_sizes
-from zoo.ops.synthetic_attention.kernels.spans import exponentials, load_rows, normalised, outer_logits, picks, span
+from zoo.ops.synthetic_attention.kernels.spans import load_rows, normalised, outer_logits, picks, span
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _synthetic_bwd_queries(
         v = tl.load(v_at + col[None, :] * v_stride_t + p[:, None], mask=in_k[None, :] & (p < P)[:, None], other=0.0)
         dw = dot(dy, v)
         if DELTA_ONLY:
-            weights = exponentials(logits - lse[:, None], v_ptr)
+            weights = exponential(logits - lse[:, None], v_ptr.dtype.element_ty == tl.float32)
             sums += weights
             products += weights * dw
         else:

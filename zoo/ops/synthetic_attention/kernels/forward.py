@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.kernels.primitives import dot
+from zoo.ops.kernels.primitives import dot, exponential
 from zoo.ops.kernels.widths import cut_width
 from zoo.ops.softmax_attention.kernels.tiles import strides, tiles_of
 from zoo.ops.synthetic_attention.kernels.operands import operands, table_sizes
-from zoo.ops.synthetic_attention.kernels.spans import exponentials, load_rows, outer_logits, span
+from zoo.ops.synthetic_attention.kernels.spans import load_rows, outer_logits, span
 
 
 @triton.jit
@@ -74,8 +74,8 @@ def _synthetic_fwd(
         logits = tl.where(sees, logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         level = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = exponentials(logits - level[:, None], v_ptr)
-        shrink = exponentials(top - level, v_ptr)
+        weights = exponential(logits - level[:, None], v_ptr.dtype.element_ty == tl.float32)
+        shrink = exponential(top - level, v_ptr.dtype.element_ty == tl.float32)
         total = total * shrink + tl.sum(weights, axis=1)
         v = load_rows(v_at, col, v_stride_t, p, P, in_k)
         y = dot(weights.to(v.dtype), v, y * shrink[:, None])

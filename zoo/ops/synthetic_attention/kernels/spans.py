@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.ops.kernels.primitives import dot, exp
+from zoo.ops.kernels.primitives import dot, exponential
 
 
 @triton.jit
@@ -28,23 +28,13 @@ def load_rows(at, row, stride_t, lanes, WIDTH: tl.constexpr, in_rows):
 
 
 @triton.jit
-def exponentials(x, v_ptr):
-    """e^x, in the kernels of float32 without the rounding of x log2(e)."""
-    if v_ptr.dtype.element_ty == tl.float32:
-        made = exp(x)
-    else:
-        made = tl.exp(x)
-    return made
-
-
-@triton.jit
 def normalised(logits, lse, share_ptr, at, in_rows, ALONG: tl.constexpr):
     """Softmax weights of a tile of logits, -inf where hidden, of which queries lie along axis ALONG; lse is theirs.
 
     The rounding of the log-sum-exp is an error that all weights of a query have in common. In float32 it goes out
     again: share is 1 over the sum of the weights that have it.
     """
-    weights = exponentials(logits - tl.expand_dims(lse, 1 - ALONG), share_ptr)
+    weights = exponential(logits - tl.expand_dims(lse, 1 - ALONG), share_ptr.dtype.element_ty == tl.float32)
     if share_ptr.dtype.element_ty == tl.float32:
         weights *= tl.expand_dims(tl.load(share_ptr + at, mask=in_rows, other=0.0), 1 - ALONG)
     return weights
