@@ -28,15 +28,14 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "bias")
 
 def variants():
     """Kind and settings, after the defaults: the most promising first."""
-    pairs = {"BLOCK_I": 64, "BLOCK_J": 32, "HEADS": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 128}
-    yield "PAIRS", pairs | {"BLOCK_J": 64, "num_warps": 8}
-    yield "PAIRS", pairs | {"BLOCK_J": 64, "maxnreg": None}
+    pairs = {"BLOCK_I": 64, "BLOCK_J": 64, "HEADS": 64, "num_warps": 4, "num_stages": 3}
+    yield "PAIRS", pairs | {"num_warps": 8}
+    yield "PAIRS", pairs | {"BLOCK_J": 32}
     yield "PAIRS", pairs | {"num_stages": 4}
     yield "PAIRS", pairs | {"HEADS": 32}
     for n, p, warps, stages in ((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 4), (64, 32, 4, 2)):
         yield "SWEEP", {"BLOCK_N": n, "BLOCK_P": p, "num_warps": warps, "num_stages": stages}
-    for rows, warps, stages in ((64, 4, 3), (64, 4, 2)):
-        yield "KEYS", {"BLOCK_Q": rows, "HEADS": 64, "num_warps": warps, "num_stages": stages}
+    yield "KEYS", {"HEADS": 64, "num_warps": 8, "num_stages": 4}
     yield "VALUES", {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 4}
 
 

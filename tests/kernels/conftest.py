@@ -22,6 +22,14 @@ LONG = (  # ends of names: ten seconds and more in the interpreter, each beside 
     "test_nothing_crosses_a_boundary_even_nan[16-dtype1]",
     "test_packed_sequences_are_within_budget[kind0-ends5]",
     "test_several_chunks_stay_within_budget[dtype1]",
+    "test_tokens_as_they_come_stay_within_their_budget[17-5-17-2]",
+    "test_tokens_as_they_come_may_be_a_slice",
+    "test_two_directions_are_rounded_once[16-1]",
+    "test_what_stood_in_memory_does_not_matter[True-16]",
+    "test_ssd_block_kernels.py::test_the_layer_is_within_budget[plain]",
+    "test_ssd_block_kernels.py::test_the_layer_is_within_budget[groups]",
+    "test_ssd_block_kernels.py::test_the_layer_is_within_budget[norm first]",
+    "test_ssd_block_kernels.py::test_packed_sequences_are_within_budget[learnt states]",
 )
 
 

@@ -14,7 +14,6 @@ from sequence_mixer.conformance.budget import judge
 from sequence_mixer.errors import BackendError
 
 WIDE_ENOUGH = 16  # channels that the kernels for tokens as they come take
-LONG = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes long in the interpreter; needs a CUDA device")
 PACKINGS = [[0, 1, 1, 3, 13, 17, 17, 130], [0, 0, 2, 2], [0, 0, 97]]
 
 
@@ -88,9 +87,7 @@ def test_half_precision_stays_within_its_budget(device: str, dtype: torch.dtype)
     check(inputs(device, 2, 130, ahead=True), dtype)
 
 
-@pytest.mark.parametrize(
-    ("batch", "tokens", "modes", "programs"), [(3, 70, 4, 256), pytest.param(17, 5, 17, 2, marks=LONG)]
-)
+@pytest.mark.parametrize(("batch", "tokens", "modes", "programs"), [(3, 70, 4, 256), (17, 5, 17, 2)])
 def test_tokens_as_they_come_stay_within_their_budget(
     device: str, batch: int, tokens: int, modes: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,7 +104,6 @@ def test_packed_tokens_as_they_come_stay_within_their_budget(device: str) -> Non
     check(given, torch.bfloat16, cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device))
 
 
-@LONG
 def test_tokens_as_they_come_may_be_a_slice(device: str) -> None:
     given = inputs(device, 2, 9, WIDE_ENOUGH)
     found = []
@@ -120,7 +116,7 @@ def test_tokens_as_they_come_may_be_a_slice(device: str) -> None:
         assert all(torch.equal(value, other[name]) for other in found), name
 
 
-@pytest.mark.parametrize(("channels", "reverse_lag"), [(2, 0), (2, 1), pytest.param(16, 1, marks=LONG)])
+@pytest.mark.parametrize(("channels", "reverse_lag"), [(2, 0), (2, 1), (16, 1)])
 def test_two_directions_are_rounded_once(device: str, channels: int, reverse_lag: int) -> None:
     """3 a token behind minus 3 a token ahead: either sum exceeds 256, where bfloat16 skips odd numbers."""
     log_a, c = torch.zeros(channels, 1, 2, device=device), torch.tensor([0.5, 0.0], device=device)
@@ -192,7 +188,7 @@ def test_non_contiguous_inputs_and_cotangents_are_served(device: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("packed", "channels"), [(False, 2), (True, 2), pytest.param(True, 16, marks=LONG)])
+@pytest.mark.parametrize(("packed", "channels"), [(False, 2), (True, 2), (True, 16)])
 def test_what_stood_in_memory_does_not_matter(
     device: str, packed: bool, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,6 @@ from sequence_mixer.conformance.budget import judge
 pytest.importorskip("triton")
 
 SMALL = {"d_model": 16, "head_dim": 16, "d_state": 16, "expand": 2}
-LONG = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes long in the interpreter; needs a CUDA device")
-SHORT = ("limits", "learnt states")  # kinds that run in the interpreter too
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": SMALL,
     "groups": {**SMALL, "n_groups": 2},
@@ -73,7 +71,7 @@ def check(
         assert verdict.ok, f"{name}: {verdict}"
 
 
-@pytest.mark.parametrize("kind", [k if k in SHORT else pytest.param(k, marks=LONG) for k in LAYERS])
+@pytest.mark.parametrize("kind", list(LAYERS))
 def test_the_layer_is_within_budget(device: str, kind: str) -> None:
     check(LAYERS[kind], device, 35, batch=1 if device == "cpu" else 2)
 
@@ -82,7 +80,7 @@ def test_states_and_their_gradients_are_within_budget(device: str) -> None:
     check({**LAYERS["groups"], "d_model": 32}, device, 35, with_states=True)
 
 
-@pytest.mark.parametrize("kind", ["plain", pytest.param("learnt states", marks=LONG)])
+@pytest.mark.parametrize("kind", ["plain", "learnt states"])
 def test_packed_sequences_are_within_budget(device: str, kind: str) -> None:
     ends = torch.tensor([0, 0, 5, 6, 38, 40], dtype=torch.int32, device=device)
     check(LAYERS[kind], device, 40, batch=1, ends=ends)

@@ -37,14 +37,13 @@ def test_sums_over_parts_of_a_group_are_within_budget(
     check_ssd(ssd_inputs(device, 70, torch.bfloat16, heads=4, groups=groups))
 
 
-@pytest.mark.parametrize(("block_j", "block_q"), [(64, 64), (16, 128)])
-def test_tiles_and_rows_of_a_chunk_are_within_budget(
-    device: str, block_j: int, block_q: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("block_j", [32, 16])
+def test_narrower_tiles_of_a_chunk_are_within_budget(
+    device: str, block_j: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from zoo.ops.ssd.kernels import launch
 
     monkeypatch.setattr(launch, "PAIRS", launch.PAIRS | {"BLOCK_J": block_j})
-    monkeypatch.setattr(launch, "KEYS", launch.KEYS | {"BLOCK_Q": block_q})
     check_ssd(ssd_inputs(device, 150, torch.bfloat16, heads=2, groups=1))
 
 

@@ -16,10 +16,9 @@ from torch import Tensor
 from zoo.ops.custom import flop_formula, refuse_higher_order
 from zoo.ops.in_place import kernel_steps
 from zoo.ops.semiseparable.cost import backward_flops, flops
+from zoo.ops.short_convolution.triton_path import UNROLLED
 from zoo.ops.ssd.triton_path import forward_of
-
-WIDTHS, P_MOST, N_MOST = (16, 32, 64, 128), 64, 128  # as in the kernels; others are multiples
-MOST_TAPS = 8
+from zoo.ops.ssd.widths import served
 
 
 def serves(
@@ -32,9 +31,7 @@ def serves(
     width = channels // heads
     if projected.dtype != torch.bfloat16 or projected.shape[0] == 0 or projected.shape[1] < 2:
         return False
-    if not 2 <= taps <= MOST_TAPS or not (width in WIDTHS or width % P_MOST == 0):
-        return False
-    if not (modes in WIDTHS or modes % N_MOST == 0) or (width < 32 < modes and heads // groups % 2 == 1):
+    if not 2 <= taps <= UNROLLED or not served(width, modes, heads, groups):
         return False
     facts: dict[str, dict[str, int]] = {
         "short_convolution": {"width": taps, "empty": False, "silu": True},

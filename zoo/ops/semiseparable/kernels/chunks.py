@@ -82,11 +82,6 @@ def token_rows(part: Tensor) -> tuple[Tensor, int]:
     return part, steps[1]
 
 
-def warps_of(options: dict[str, int], name: str, rows: int) -> int:
-    """Warps for `rows` rows, where `options` are made for options[name] of them: several on the same rows are wrong."""
-    return max(1, options["num_warps"] * rows // options[name])
-
-
 @triton.jit
 def place_of(chunk, table_ptr, T, PER_SEQUENCE, Q: tl.constexpr, PACKED: tl.constexpr):
     """First token (int64) and number of tokens of a chunk."""

@@ -11,20 +11,20 @@ from torch import Tensor
 
 from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import dot
-from zoo.ops.semiseparable.kernels.chunks import Chunks, place_of, tile, token_rows, warps_of
+from zoo.ops.semiseparable.kernels.chunks import Chunks, place_of, tile, token_rows
 
 
 @triton.jit
 def _side(
     v_ptr, own_ptr, other_ptr, s_ptr, r_ptr, states_ptr, R_ptr, K_ptr, out_ptr, read_ptr, flow_ptr,
-    chunk, part, block, group, first, live, rows, COUNT, v_stride, own_stride, other_stride,
-    H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, BLOCK_Q: tl.constexpr,
+    chunk, part, group, first, live, rows, COUNT, v_stride, own_stride, other_stride,
+    H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
     HEADS: tl.constexpr, FINER: tl.constexpr, OF_B: tl.constexpr,
 ):  # fmt: skip
-    i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    i = tl.arange(0, Q)
     n = tl.arange(0, N)
     p = tl.arange(0, P)
-    total = tl.zeros([BLOCK_Q, N], tl.float32)
+    total = tl.zeros([Q, N], tl.float32)
     own = tile(own_ptr, first, live, own_stride, group * N, i, N)
     for k in range(0, HEADS):
         h = part * HEADS + k
@@ -40,28 +40,23 @@ def _side(
             scaled = v * tl.exp2(s)[:, None]
         tl.store(read_ptr + sums + i, tl.sum(dot(own, states) * scaled, 1))
         if not OF_B:
-            if BLOCK_Q == Q:
-                R = tl.load(R_ptr + (slot * N + n[:, None]) * P + p[None, :])
-            else:  # the first rows do it for all
-                wanted = n[:, None] < tl.where(block == 0, N, 0)
-                R = tl.load(R_ptr + (slot * N + n[:, None]) * P + p[None, :], mask=wanted, other=0.0)
+            R = tl.load(R_ptr + (slot * N + n[:, None]) * P + p[None, :])
             # Loaded again: the tile that the products read in shared memory is given to the next head too early for a
             # sum over its elements (Triton 3.6; dC differed from run to run).
             met = tl.load(states_ptr + (slot * N + n[:, None]) * P + p[None, :], cache_modifier=".ca")
             flow = tl.sum(tl.sum(met.to(tl.float32) * R.to(tl.float32), 1), 0)
-            tl.store(flow_ptr + h.to(tl.int64) * COUNT + chunk, flow * tl.exp2(last), mask=block == 0)
+            tl.store(flow_ptr + h.to(tl.int64) * COUNT + chunk, flow * tl.exp2(last))
         if OF_B:
             scaled *= tl.exp2(s - tl.load(r_ptr + sums + i))[:, None]
         total = dot(scaled.to(v.dtype), tl.trans(states), total)
-    j = tl.arange(0, Q)
-    K = tl.zeros([BLOCK_Q, Q], tl.float32)
+    K = tl.zeros([Q, Q], tl.float32)
     for f in range(0, FINER):
         corner = K_ptr + ((chunk.to(tl.int64) * (H // HEADS) + part) * FINER + f) * Q * Q
         if OF_B:
-            K += tl.load(corner + j[None, :] * Q + i[:, None], mask=j[None, :] >= i[:, None], other=0.0)
+            K += tl.load(corner + i[None, :] * Q + i[:, None], mask=i[None, :] >= i[:, None], other=0.0)
         else:
-            K += tl.load(corner + i[:, None] * Q + j[None, :], mask=j[None, :] <= i[:, None], other=0.0)
-    other = tile(other_ptr, first, live, other_stride, group * N, j, N)
+            K += tl.load(corner + i[:, None] * Q + i[None, :], mask=i[None, :] <= i[:, None], other=0.0)
+    other = tile(other_ptr, first, live, other_stride, group * N, i, N)
     total = dot(K.to(other.dtype), other, total)
     at = (part % (H // G // HEADS) * rows + first + i[:, None]) * (G * N) + group * N + n[None, :]
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=(i < live)[:, None])
@@ -72,30 +67,28 @@ def keys_kernel(
     x_ptr, dy_ptr, B_ptr, C_ptr, s_ptr, r_ptr, S_ptr, R_ptr, K_ptr,
     dB_ptr, dC_ptr, read_ptr, kept_ptr, flow_ptr, table_ptr,
     T, PER_SEQUENCE, COUNT, rows, x_stride, dy_stride, B_stride, C_stride,
-    H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, BLOCK_Q: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
     HEADS: tl.constexpr, FINER: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q rows of one chunk and HEADS heads of one group. Even programs: dC, read, flow. Odd ones: dB, kept.
+    """One chunk and HEADS heads of one group. Even programs: dC, read, flow. Odd ones: dB, kept.
 
     dC_i = sum_h 2^s_i S dy_i + sum_j K_ij B_j; dB_j = sum_h 2^(e-r_j) R x_j + sum_i K_ij C_i; sums over the own heads,
     in parts [parts of a group,B,T,G,N]. read = 2^s_i <C_i, S dy_i>, kept = 2^(e-s_j) <B_j, R x_j>, both [H,count,Q];
-    flow [H,count] = 2^e <S,R>. FINER: K's parts per one of here. Neighbouring programs read the same states.
+    flow [H,count] = 2^e <S,R>. FINER: K's parts per one of here.
     """
     parts: tl.constexpr = H // HEADS
-    blocks: tl.constexpr = Q // BLOCK_Q
-    block = tl.program_id(0) // 2 % blocks
-    part = tl.program_id(0) // (2 * blocks) % parts
-    chunk = tl.program_id(0) // (2 * blocks * parts)
+    chunk = tl.program_id(0) // (2 * parts)
+    part = tl.program_id(0) // 2 % parts
     group = part * HEADS // (H // G)
     first, live = place_of(chunk, table_ptr, T, PER_SEQUENCE, Q, PACKED)
     if tl.program_id(0) % 2 == 0:
         _side(dy_ptr, C_ptr, B_ptr, s_ptr, r_ptr, S_ptr, R_ptr, K_ptr, dC_ptr, read_ptr, flow_ptr,
-              chunk, part, block, group, first, live, rows, COUNT, dy_stride, C_stride, B_stride,
-              H, G, N, P, Q, BLOCK_Q, HEADS, FINER, False)  # fmt: skip
+              chunk, part, group, first, live, rows, COUNT, dy_stride, C_stride, B_stride,
+              H, G, N, P, Q, HEADS, FINER, False)  # fmt: skip
     else:
         _side(x_ptr, B_ptr, C_ptr, s_ptr, r_ptr, R_ptr, R_ptr, K_ptr, dB_ptr, kept_ptr, flow_ptr,
-              chunk, part, block, group, first, live, rows, COUNT, x_stride, B_stride, C_stride,
-              H, G, N, P, Q, BLOCK_Q, HEADS, FINER, True)  # fmt: skip
+              chunk, part, group, first, live, rows, COUNT, x_stride, B_stride, C_stride,
+              H, G, N, P, Q, HEADS, FINER, True)  # fmt: skip
 
 
 def keys(
@@ -106,18 +99,18 @@ def keys(
     (batch, tokens, heads, channels), (groups, modes) = x.shape, B.shape[2:]
     finest = heads // K.shape[1]
     share = max(finest, math.gcd(options["HEADS"], heads // groups))
-    parts, block = heads // groups // share, min(options["BLOCK_Q"], chunks.size)
+    parts = heads // groups // share
     dtype = B.dtype if parts == 1 else torch.float32
     dB, dC = (torch.empty(parts, batch, tokens, groups, modes, dtype=dtype, device=x.device) for _ in range(2))
     read, kept = chunks.per_token(heads), chunks.per_token(heads)
     flow = torch.empty(heads, chunks.count, dtype=torch.float32, device=x.device)
     (x, x_stride), (dy, dy_stride), (B, B_stride), (C, C_stride) = (token_rows(part) for part in (x, dy, B, C))
-    keys_kernel[(2 * chunks.count * (heads // share) * (chunks.size // block),)](
+    keys_kernel[(2 * chunks.count * (heads // share),)](
         x, dy, B, C, s, r, S, R, K, dB, dC, read, kept, flow, chunks.table,
         chunks.tokens, chunks.per_sequence, chunks.count, batch * tokens, x_stride, dy_stride, B_stride, C_stride,
-        H=heads, G=groups, N=modes, P=channels, Q=chunks.size, BLOCK_Q=block,
+        H=heads, G=groups, N=modes, P=channels, Q=chunks.size,
         HEADS=share, FINER=share // finest, PACKED=chunks.packed,
-        num_warps=warps_of(options, "BLOCK_Q", block), num_stages=options["num_stages"], maxnreg=options.get("maxnreg"),
+        num_warps=options["num_warps"], num_stages=options["num_stages"],
     )  # fmt: skip
     dB, dC = (part[0] if parts == 1 else part.sum(0).to(B.dtype) for part in (dB, dC))
     return dB, dC, read, kept, flow

@@ -22,7 +22,7 @@ FEWEST_SWEEPS = 200  # programs of a launch: less than two for each multiprocess
 OUTPUTS = {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 3}
 VALUES = {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 3}
 PAIRS = {"BLOCK_I": 64, "BLOCK_J": 64, "HEADS": 64, "num_warps": 4, "num_stages": 3}
-KEYS = {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 3}
+KEYS = {"HEADS": 64, "num_warps": 8, "num_stages": 3}
 
 
 def sweep_blocks(programs: int) -> dict[str, int]:

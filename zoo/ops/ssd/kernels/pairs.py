@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import dot
-from zoo.ops.semiseparable.kernels.chunks import Chunks, place_of, tile, token_rows, warps_of
+from zoo.ops.semiseparable.kernels.chunks import Chunks, place_of, tile, token_rows
 
 
 @launched(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
@@ -94,7 +94,6 @@ def pairs(
         chunks.tokens, chunks.per_sequence, chunks.count, x_stride, dy_stride, B_stride, C_stride,
         H=heads, G=groups, N=modes, P=channels, Q=size, BLOCK_I=block_i, BLOCK_J=block_j, HEADS=share,
         HAS_D=has_skip, PACKED=chunks.packed,
-        num_warps=warps_of(options, "BLOCK_I", block_i), num_stages=options["num_stages"],
-        maxnreg=options.get("maxnreg") if channels <= 64 else None,  # more operands of a product need more
+        num_warps=options["num_warps"], num_stages=options["num_stages"],
     )  # fmt: skip
     return K, row, col, skip

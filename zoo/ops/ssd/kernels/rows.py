@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import dot
-from zoo.ops.semiseparable.kernels.chunks import Chunks, place_of, tile, token_rows, warps_of
+from zoo.ops.semiseparable.kernels.chunks import Chunks, place_of, tile, token_rows
 
 MOST = tl.constexpr(127.0)  # log2 of a weight; it is finite where there is none, and the scores are 0 there
 
@@ -106,7 +106,7 @@ def outputs(
         chunks.tokens, chunks.per_sequence, chunks.count, x_stride, B_stride, C_stride,
         H=heads, G=groups, N=modes, P=channels, Q=chunks.size, BLOCK_Q=block, HEADS=share,
         HAS_D=D is not None, PACKED=chunks.packed,
-        num_warps=warps_of(options, "BLOCK_Q", block), num_stages=options["num_stages"], maxnreg=options.get("maxnreg"),
+        num_warps=options["num_warps"], num_stages=options["num_stages"],
     )  # fmt: skip
     return y
 
@@ -126,6 +126,6 @@ def values(
         chunks.tokens, chunks.per_sequence, chunks.count, dy_stride, B_stride, C_stride, dx.stride(1),
         H=heads, G=groups, N=modes, P=channels, Q=chunks.size, BLOCK_Q=block, HEADS=share,
         HAS_D=D is not None, PACKED=chunks.packed,
-        num_warps=warps_of(options, "BLOCK_Q", block), num_stages=options["num_stages"], maxnreg=options.get("maxnreg"),
+        num_warps=options["num_warps"], num_stages=options["num_stages"],
     )  # fmt: skip
     return dx

@@ -105,6 +105,6 @@ def sweep(
         x_stride, dy_stride, B_stride, C_stride,
         H=heads, G=groups, N=modes, P=channels, BLOCK_N=block_n, BLOCK_P=block_p, Q=chunks.size,
         HAS_START=start is not None, HAS_DFINAL=dfinal is not None, AHEAD=ahead, PACKED=chunks.packed,
-        num_warps=options["num_warps"], num_stages=options["num_stages"], maxnreg=options.get("maxnreg"),
+        num_warps=options["num_warps"], num_stages=options["num_stages"],
     )  # fmt: skip
     return S, R, final, dstart

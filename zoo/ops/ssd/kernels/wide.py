@@ -9,20 +9,12 @@ import torch
 from torch import Tensor
 
 from zoo.ops.ssd.kernels import launch
-
-WIDTHS, P_MOST, N_MOST = (16, 32, 64, 128), 64, 128  # N and P of one launch, and what wider ones are cut into
+from zoo.ops.ssd.widths import N_MOST, P_MOST, WIDTHS, served
 
 
 def serves(x: Tensor, B: Tensor) -> bool:
     """Whether these kernels take x [B,T,H,P] and B [B,T,G,N]."""
-    channels, modes = x.shape[3], B.shape[3]
-    alone = x.shape[2] // B.shape[2] % 2 == 1  # heads a program works on: one
-    return (
-        x.dtype == torch.bfloat16
-        and not (alone and channels < 32 and modes > 32)  # its y was wrong on an H100 (Triton 3.6)
-        and (channels in WIDTHS or channels % P_MOST == 0)
-        and (modes in WIDTHS or modes % N_MOST == 0)
-    )
+    return x.dtype == torch.bfloat16 and served(x.shape[3], B.shape[3], x.shape[2], B.shape[2])
 
 
 @dataclass(frozen=True)
