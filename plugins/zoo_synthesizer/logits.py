@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sequence_mixer.shapes import accumulation_dtype
 from zoo_synthesizer.config import SynthesizerConfig
 from zoo_synthesizer.parts import (
     BUILT,
@@ -106,7 +105,7 @@ class MixedLogits(nn.ModuleDict):
                 found.append(Inner(asked * self.config.width**-0.5, vanilla_keys))
         if self.alpha_logits is None:
             return [(operands, None) for operands in found]
-        weights = self.alpha_logits.to(accumulation_dtype(self.alpha_logits.dtype)).softmax(0)
+        weights = self.alpha_logits.to(torch.float64).softmax(0)
         return list(zip(found, weights.unbind(), strict=True))
 
     @property
@@ -124,5 +123,13 @@ class MixedLogits(nn.ModuleDict):
 
 
 def _times(tensor: Tensor, alpha: Tensor | None) -> Tensor:
-    """The tensor times a weight [], itself without one."""
-    return tensor if alpha is None else tensor * alpha
+    """The tensor times a weight [], float64; itself without one.
+
+    The gradient of the weight is a sum over the whole tensor, of which little is left beside that of the other weights.
+    In float32 only its last axis is summed as such, and the sums of the rows in float64.
+    """
+    if alpha is None:
+        return tensor
+    if tensor.dtype == torch.float32:
+        return tensor * alpha.expand(*tensor.shape[:-1], 1).to(tensor.dtype)
+    return tensor * alpha

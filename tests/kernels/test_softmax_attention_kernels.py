@@ -94,6 +94,16 @@ def test_long_inputs_stay_within_budget_on_a_gpu(tokens: int, width: int, device
         check(draw(tokens, tokens, batch=1, width=width, values=width), device, dtype, cu_seqlens=ends)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [16, 32])
+def test_narrow_heads_stay_within_budget_on_a_gpu(width: int, device: str):
+    if device != "cuda":
+        pytest.skip("lengths above 130 take too long in the interpreter; this needs a CUDA device")
+    for dtype in DTYPES[device]:
+        check(draw(700, 700, width=width, values=width), device, dtype)
+        check(draw(300, 500, width=width, values=48 - width), device, dtype, causal=False)
+
+
 def test_slices_of_a_projection_and_expanded_cotangents_are_served(device: str):
     whole = torch.randn(2, 33, 3, 4, 16, device=device)
     tensors = whole.unbind(2)

@@ -28,15 +28,23 @@ FEW, MANY = torch.tensor([0, 1, 1, 5, 9]), torch.tensor([0, 25, 27, 35, 60])
 
 
 def draw(
-    queries: int, keys: int, parts: str, *, batch: int = 2, heads: int = 2, width: int = 16, longest: int | None = None
+    queries: int,
+    keys: int,
+    parts: str,
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    width: int = 16,
+    inner: int = 12,
+    longest: int | None = None,
 ) -> dict[str, Tensor]:
     """longest: positions that the table has, those that occur by default."""
     rows = longest or max(queries, keys)
     side = int(rows**0.5) + 1
     made = {
         "v": torch.randn(batch, keys, heads, width),
-        "q": 0.5 * torch.randn(batch, queries, heads, 12),
-        "k": 0.5 * torch.randn(batch, keys, heads, 12),
+        "q": 0.5 * torch.randn(batch, queries, heads, inner),
+        "k": 0.5 * torch.randn(batch, keys, heads, inner),
         "left": torch.randn(batch, queries, heads, side),
         "right": torch.randn(batch, queries, heads, side + 1),
         "table": torch.randn(heads, rows, longest or keys),
@@ -134,6 +142,33 @@ def test_long_inputs_stay_within_budget_on_a_gpu(width: int, parts: str, device:
         check(draw(600, 600, parts, width=width), 600, device, dtype, causal=False)
         ends = torch.tensor([0, 3, 700, 700, 1000])
         check(draw(1000, 1000, parts, batch=1, width=width, longest=700), 1000, device, dtype, cu_seqlens=ends)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("width", [16, 32])
+def test_narrow_parts_stay_within_budget_on_a_gpu(width: int, parts: str, device: str):
+    if device != "cuda":
+        pytest.skip("lengths above 130 take too long in the interpreter; this needs a CUDA device")
+    for dtype in DTYPES:
+        check(draw(500, 500, parts, width=width, inner=32), 500, device, dtype)
+        check(draw(200, 200, parts, width=width, inner=64, batch=1), 200, device, dtype, causal=False)
+
+
+def test_programs_share_narrow_parts_among_eight_warps():
+    from zoo.ops.synthetic_attention.kernels.operands import operands
+
+    for parts, width, inner, warps in (
+        ("outer", 64, 12, 8),
+        ("inner", 64, 12, 4),
+        ("inner", 64, 32, 8),
+        ("inner", 20, 64, 8),
+        ("table", 16, 12, 4),
+        ("table", 128, 12, 8),
+    ):
+        given = typed(draw(9, 9, parts, width=width, inner=inner), "cpu", torch.bfloat16)
+        made = operands(*(given.get(name) for name in ("v", "q", "k", "table", "left", "right")))
+        assert made.blocks() == (64, warps), (parts, width, inner)
 
 
 def test_operands_of_any_stride_are_served(device: str):

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.ops.softmax_attention import MAX_HEAD_WIDTH as SOFTMAX_WIDEST
 from zoo.ops.synthetic_attention import MAX_WIDTH
 
+import zoo_synthesizer.logits as synthesizer_logits
 import zoo_synthesizer.mixer as synthesizer_module
 from golden import load_case
 from layers import (
@@ -285,6 +286,16 @@ def test_the_cost_is_what_torch_counts(example: str, backend: str):
         state = mixer.extend(tokens(2, length).float(), mixer.initial_state(2))[1]
         elements = sum(leaf.numel() for leaf in state.leaves().values())
     assert cost.state_elements == elements
+
+
+def test_what_cancels_in_the_gradient_of_a_mixture_weight_leaves_no_rounding():
+    raised, cotangent = torch.randn(1, 3000, 4, 16), torch.randn(1, 3000, 4, 16)
+    raised, cotangent = torch.cat([raised, raised]), torch.cat([cotangent, -cotangent])
+    raised[1, -1] += 1e-3
+    alpha = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(synthesizer_logits._times(raised, alpha), alpha, cotangent)
+    wanted = float((raised.double() * cotangent).sum())
+    assert float(found) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_each_config_runs_on_the_operator_made_for_it():

@@ -23,8 +23,8 @@ def gated_rms_norm_fwd(
     x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
 ) -> Tensor:
     """y [...,D], contiguous, in the dtype of x."""
+    from zoo.ops.kernels.devices import on_device
     from zoo.ops.norm.kernels.forward import norm_forward
-    from zoo.ops.semiseparable.kernels.launch import on_device
 
     with on_device(x):
         return norm_forward(x, z, weight, eps, group_size, norm_before_gate)
@@ -42,8 +42,8 @@ def gated_rms_norm_bwd(
     dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, z ([0] if it did not come) and weight, contiguous, in their shapes and dtypes."""
+    from zoo.ops.kernels.devices import on_device
     from zoo.ops.norm.kernels.backward import norm_backward
-    from zoo.ops.semiseparable.kernels.launch import on_device
 
     with on_device(x):
         return norm_backward(dy, x, z, weight, eps, group_size, norm_before_gate)

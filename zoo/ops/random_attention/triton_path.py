@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.custom import flop_formula, refuse_higher_order
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.random_attention.cost import flops
 
 
@@ -24,8 +25,9 @@ def random_attention_fwd(table: Tensor, v: Tensor, causal: bool) -> tuple[Tensor
     from zoo.ops.random_attention.kernels.product import mix
     from zoo.ops.random_attention.kernels.weights import row_weights
 
-    weights = row_weights(table, v.dtype, causal)
-    return mix(weights, v, causal), weights
+    with on_device(v):
+        weights = row_weights(table, v.dtype, causal)
+        return mix(weights, v, causal), weights
 
 
 @random_attention_fwd.register_fake
@@ -41,9 +43,13 @@ def random_attention_bwd(
     """Gradients of the table, float32 [H,Tq,Tk], and of v [B,Tk,H,P]; an empty tensor for one not asked for."""
     from zoo.ops.random_attention.kernels.product import mix_backward_table, mix_backward_values
 
-    nothing = (dy.new_empty(0, dtype=torch.float32), dy.new_empty(0))
-    dtable = mix_backward_table(weights, v, y, dy, causal) if of_table else nothing[0]
-    return dtable, mix_backward_values(weights, dy, causal) if of_v else nothing[1]
+    dtable, dv = dy.new_empty(0, dtype=torch.float32), dy.new_empty(0)
+    with on_device(dy):
+        if of_table:
+            dtable = mix_backward_table(weights, v, y, dy, causal)
+        if of_v:
+            dv = mix_backward_values(weights, dy, causal)
+    return dtable, dv
 
 
 @random_attention_bwd.register_fake

@@ -36,7 +36,7 @@ def short_convolution_fwd(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """y [B,T,D] and the final state [S,D,W-1] (S = B without cu_seqlens), contiguous, in the dtype of x."""
-    from zoo.ops.semiseparable.kernels.launch import on_device
+    from zoo.ops.kernels.devices import on_device
     from zoo.ops.short_convolution.kernels.forward import convolution_forward
     from zoo.ops.short_convolution.kernels.looped import looped_forward
 
@@ -74,7 +74,7 @@ def short_convolution_bwd(
 
     dfinal: None for zeros.
     """
-    from zoo.ops.semiseparable.kernels.launch import on_device
+    from zoo.ops.kernels.devices import on_device
     from zoo.ops.short_convolution.kernels.backward import convolution_backward
     from zoo.ops.short_convolution.kernels.looped import looped_backward
 

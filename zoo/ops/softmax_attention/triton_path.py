@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from zoo.ops.custom import flop_formula, refuse_higher_order
+from zoo.ops.kernels.devices import on_device
 
 
 def softmax_attention_triton(
@@ -59,10 +60,14 @@ def batch_spans(batch: int, queries: int, keys: int, padding_mask: Tensor | None
 def softmax_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float, causal: bool, packed: bool, padded: bool
 ) -> tuple[Tensor, Tensor]:
-    """y [B,Tq,H,Pv] in the dtype of q, and the base-2 log-sum-exp of the logits, float32 [B,H,Tq] (+inf: no key)."""
+    """y [B,Tq,H,Pv] in the dtype of q, and the log-sum-exp of the logits, float32 [B,H,Tq] (+inf: no key).
+
+    The logarithm is natural for float32 and to base 2 for half precision.
+    """
     from zoo.ops.softmax_attention.kernels.forward import attention_forward
 
-    return attention_forward(q, k, v, spans, scale, causal, packed, padded)
+    with on_device(q):
+        return attention_forward(q, k, v, spans, scale, causal, packed, padded)
 
 
 @softmax_attention_fwd.register_fake
@@ -90,7 +95,8 @@ def softmax_attention_bwd(
     """Gradients of q [B,Tq,H,P], k [B,Tk,G,P] and v [B,Tk,G,Pv], contiguous, in the dtype of q."""
     from zoo.ops.softmax_attention.kernels.backward import attention_backward
 
-    return attention_backward(dy, q, k, v, y, lse, spans, scale, causal, packed, padded)
+    with on_device(q):
+        return attention_backward(dy, q, k, v, y, lse, spans, scale, causal, packed, padded)
 
 
 @softmax_attention_bwd.register_fake

@@ -68,8 +68,8 @@ def ssd_block(
     Returns the output [B,T,H P], the convolution's last inputs [S,H P + 2 G N,W-1], the last state [S,H,P,N] in
     float32; for the backward y [B,T,H P] of SSD and what the convolution made, [B,T,H P + 2 G N].
     """
+    from zoo.ops.kernels.devices import on_device
     from zoo.ops.norm.kernels.forward import norm_forward
-    from zoo.ops.semiseparable.kernels.launch import on_device
     from zoo.ops.short_convolution.kernels.forward import convolution_forward
 
     z, xBC, dt = _columns(projected, weight, taps)
@@ -134,8 +134,9 @@ def ssd_block_backward(
 
     dlast, dfinal: None for zeros.
     """
+    from zoo.ops.kernels.devices import on_device
     from zoo.ops.norm.kernels.backward import norm_backward
-    from zoo.ops.semiseparable.kernels.launch import contiguous, on_device
+    from zoo.ops.semiseparable.kernels.launch import contiguous
     from zoo.ops.short_convolution.kernels.backward import convolution_backward
     from zoo.ops.ssd.kernels import wide
 

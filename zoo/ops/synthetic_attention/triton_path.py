@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from zoo.ops.custom import flop_formula, refuse_higher_order
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.softmax_attention.triton_path import batch_spans, packed_spans
 from zoo.ops.synthetic_attention.parts import Parts
 
@@ -55,7 +56,8 @@ def synthetic_attention_fwd(
     """y [B,Tq,H,P] in the dtype of v, and the log-sum-exp of the logits, float32 [B,H,Tq] (+inf: no key)."""
     from zoo.ops.synthetic_attention.kernels.forward import synthetic_forward
 
-    return synthetic_forward(v, q, k, table, left, right, spans, queries, causal, packed)
+    with on_device(v):
+        return synthetic_forward(v, q, k, table, left, right, spans, queries, causal, packed)
 
 
 @synthetic_attention_fwd.register_fake
@@ -97,7 +99,8 @@ def synthetic_attention_bwd(
     """
     from zoo.ops.synthetic_attention.kernels.backward import synthetic_backward
 
-    return synthetic_backward(dy, v, q, k, table, left, right, y, lse, spans, causal, packed, of_table)
+    with on_device(v):
+        return synthetic_backward(dy, v, q, k, table, left, right, y, lse, spans, causal, packed, of_table)
 
 
 @synthetic_attention_bwd.register_fake

@@ -6,7 +6,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.cauchy.kernels.poles import BLOCK_K, load_nodes, load_pairs, on_device, reciprocals
+from zoo.ops.cauchy.kernels.poles import BLOCK_K, load_nodes, load_pairs, reciprocals
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 

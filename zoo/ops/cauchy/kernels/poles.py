@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 BLOCK_K = 128  # nodes of a program, or of a step
 
@@ -44,8 +39,3 @@ def reciprocals(z_re, z_im, q_re, q_im, w_re, w_im):
     inverse = 1.0 / (a_norm * b_norm)
     by_a, by_b = b_norm * inverse, a_norm * inverse
     return a_re * by_a, -a_im * by_a, b_re * by_b, -b_im * by_b
-
-
-def on_device(tensor: Tensor) -> Any:
-    """Context in which kernels go to the device of `tensor`; a CPU tensor (Triton's interpreter) needs none."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -13,8 +13,9 @@ from zoo.ops.favor_attention.kernels.causal_read import causal_read_kernel
 from zoo.ops.favor_attention.kernels.rows import combine_kernel, delta_kernel
 from zoo.ops.favor_attention.kernels.walk_launch import gradient_walk, read_walk, serves, walk_of
 from zoo.ops.favor_attention.kernels.whole import whole_gradient_kernel, whole_read_kernel, whole_sum_kernel
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
-from zoo.ops.semiseparable.kernels.launch import OPERANDS, contiguous, flat, on_device, strides
+from zoo.ops.semiseparable.kernels.launch import OPERANDS, contiguous, flat, strides
 
 ROWS = 32  # rows of a program of the row kernels
 

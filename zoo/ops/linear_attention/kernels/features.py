@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv, next_power_of_2, rows
 from zoo.ops.linear_attention.kernels.step import feature
-from zoo.ops.semiseparable.kernels.launch import on_device
 
 TILE = 4096  # elements of a program, 16 in each of 256 threads
 

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import LOG2E, exp
 from zoo.ops.kernels.rows import next_power_of_2, rows, warps_for
-from zoo.ops.semiseparable.kernels.launch import on_device
 
 TILE = 4096  # elements of the state that one program holds at a time, 32 in each of 128 threads
 

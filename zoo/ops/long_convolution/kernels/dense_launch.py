@@ -8,10 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.long_convolution.kernels.dense import copies_kernel, dense_kernel
 from zoo.ops.long_convolution.kernels.dense_gradient import dense_gradient_kernel, join_kernel
-from zoo.ops.semiseparable.kernels.launch import on_device
 
 MOST = 2**31 - 2**20  # tokens of a batch, and vectors of taps, that 32-bit offsets within a channel reach
 

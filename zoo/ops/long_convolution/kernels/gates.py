@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv
-from zoo.ops.semiseparable.kernels.launch import on_device
 
 TILE = 64
 

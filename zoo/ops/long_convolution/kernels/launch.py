@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.long_convolution.crossover import GRADIENT_LONGEST
 from zoo.ops.long_convolution.kernels import dense_launch, spectra
 from zoo.ops.long_convolution.kernels.toeplitz import tap_gradient_kernel, toeplitz_kernel
-from zoo.ops.semiseparable.kernels.launch import OPERANDS, on_device
+from zoo.ops.semiseparable.kernels.launch import OPERANDS
 
 
 def blocks(u_t: Tensor) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.long_convolution.fft import fft_length
-from zoo.ops.semiseparable.kernels.launch import on_device
 
 BLOCK = 512
 

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.long_convolution.kernels.gates import time_first, time_last
 from zoo.ops.lti.kernels.gradients import shared_gradient_kernel
 from zoo.ops.lti.kernels.mixing import mix_kernel
 from zoo.ops.lti.kernels.states import added_kernel, carry_kernel
 from zoo.ops.lti.kernels.tables import mode_gradient_kernel, table_kernel
-from zoo.ops.semiseparable.kernels.launch import OPERANDS, on_device
+from zoo.ops.semiseparable.kernels.launch import OPERANDS
 
 SEGMENTS = (64, 1024)  # tokens of a row, at least and at most
 CARRIED = 256  # modes of a program that walks over the rows of a sequence

@@ -6,11 +6,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import dot
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.lti.kernels.phases import exponential
-from zoo.ops.semiseparable.kernels.launch import on_device
 
 BLOCK = 32  # modes, and lags, of a tile
 WARPS = 4

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv, next_power_of_2, rows, warps_for
-from zoo.ops.semiseparable.kernels.launch import on_device
 
 TILE = 2048  # numbers of the state that one program holds at a time, 16 in each of 128 threads
 SEQUENCES = 4  # of one program

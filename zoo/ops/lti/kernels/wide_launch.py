@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.lti.kernels.launch import Launch
 from zoo.ops.lti.kernels.wide import wide_added_kernel, wide_mix_kernel
 from zoo.ops.lti.kernels.wide_gradients import wide_gradient_kernel
-from zoo.ops.semiseparable.kernels.launch import on_device
 
 CHUNK = 32  # tokens; the tables of longer chunks would not fit beside each other
 MOST_MODES = 32

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.lti_attention.kernels.mixing import mix_kernel
 from zoo.ops.lti_attention.kernels.states import states_kernel
 from zoo.ops.lti_attention.kernels.tables import table_gradient_kernel, tap_gradient_kernel
-from zoo.ops.semiseparable.kernels.launch import OPERANDS, contiguous, flat, on_device, strides
+from zoo.ops.semiseparable.kernels.launch import OPERANDS, contiguous, flat, strides
 
 ENOUGH_PROGRAMS = 1024  # several for every multiprocessor of a large GPU
 

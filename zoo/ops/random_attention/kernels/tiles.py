@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from zoo.ops.kernels.rows import next_power_of_2
+
 
 class Tiles(NamedTuple):
     """Rows and columns of a tile of the result, terms of the sum per step, warps and stages."""
@@ -26,9 +28,9 @@ def tiles_for(rows: int, columns: int, element_size: int) -> Tiles:
 
 def row_block(keys: int) -> int:
     """Entries of a row that are looked at together, for a program that owns a whole row."""
-    return min(1024, max(32, 1 << (keys - 1).bit_length()))
+    return min(1024, max(32, next_power_of_2(keys)))
 
 
 def _edge(size: int) -> int:
     """A power of two that holds `size`, at least 16, the least that a product takes."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, next_power_of_2(size))

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.ops.kernels.primitives import exp
+from zoo.ops.kernels.rows import rows
 from zoo.ops.random_attention.kernels.tiles import row_block
-from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _row_weights(
 
 def row_weights(table: Tensor, dtype: torch.dtype, causal: bool) -> Tensor:
     """Weights [H,Tq,Tk] in `dtype`, contiguous; 0 where causality hides a key."""
-    table = rows_contiguous(table)
+    table = rows(table)
     heads, queries, keys = table.shape
     weights = torch.empty((heads, queries, keys), dtype=dtype, device=table.device)
     block = row_block(keys)

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.selective_scan import triton_path
 from zoo.ops.selective_scan.kernels import tuning
 from zoo.ops.selective_scan.kernels.carry import link_kernel, summary_kernel
 from zoo.ops.selective_scan.kernels.forward import scan_kernel
 from zoo.ops.selective_scan.kernels.tuning import Blocks, blocks_for, segment_length
-from zoo.ops.semiseparable.kernels.launch import contiguous, on_device
+from zoo.ops.semiseparable.kernels.launch import contiguous
 
 
 @dataclass(frozen=True)

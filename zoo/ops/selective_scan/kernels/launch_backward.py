@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.selective_scan import triton_path
 from zoo.ops.selective_scan.kernels import tuning
 from zoo.ops.selective_scan.kernels.gradients import gradient_kernel
 from zoo.ops.selective_scan.kernels.launch import arriving, flat, prepare, sizes_of
 from zoo.ops.selective_scan.kernels.tuning import slab_length
-from zoo.ops.semiseparable.kernels.launch import on_device
 
 
 def backward(dy: Tensor, dfinal: Tensor | None, states: Tensor, *inputs: Any) -> list[Tensor | None]:

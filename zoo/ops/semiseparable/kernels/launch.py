@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +9,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.semiseparable.kernels.forward import forward_kernel
 from zoo.ops.semiseparable.kernels.gradients import key_gradient_kernel, value_gradient_kernel
 from zoo.ops.semiseparable.kernels.states import states_kernel
 
-NOTHING = contextlib.nullcontext()
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -153,10 +152,3 @@ def backward(
         )  # fmt: skip
     dq, dk = (part.unflatten(2, (G, H // G)).sum(3).to(q.dtype) for part in (dq, dk))
     return dq, dk, dv, da, dscale, dinitial
-
-
-def on_device(tensor: Tensor) -> Any:
-    """Context in which kernels go to the device of `tensor`; none on the current one or a CPU."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return NOTHING
-    return torch.cuda.device(tensor.device)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.launcher import Constants
 from zoo.ops.kernels.launcher import start as start_kernel
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
-from zoo.ops.semiseparable.kernels.launch import OPERANDS, contiguous, flat, on_device, strides
+from zoo.ops.semiseparable.kernels.launch import OPERANDS, contiguous, flat, strides
 from zoo.ops.semiseparable.kernels.walk import row_products_kernel, walk_kernel
 
 

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.semiseparable.kernels.chunks import chunks_of, decay_sums
-from zoo.ops.semiseparable.kernels.launch import contiguous, flat, on_device
+from zoo.ops.semiseparable.kernels.launch import contiguous, flat
 from zoo.ops.semiseparable.kernels.walk_launch import Decays, State, Tokens, blocks_for, walk
 
 

@@ -6,9 +6,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
-from zoo.ops.semiseparable.kernels.launch import on_device
 
 TILE = 512  # taps of a program
 

@@ -1,13 +1,12 @@
 """Backward of softmax attention: weights come again from the log-sum-exp; keys and queries have a loop of their own.
 
-With w = softmax weights, dw = dy v^T and delta = sum(dy * y): ds = w (dw - delta), dq = scale ds k, dk = scale ds^T q,
-dv = w^T dy. The loop over queries builds w^T and ds^T directly, so that no accumulator is transposed. No atomics.
-The kernel of dq also writes delta, which the kernel of dk and dv reads.
+With w = softmax weights, dw = dy v^T and delta = sum_j w dw = sum(dy * y): ds = w (dw - delta), dq = scale ds k,
+dk = scale ds^T q, dv = w^T dy. The loop over queries builds w^T and ds^T directly, so that no accumulator is
+transposed. No atomics. In float32 delta comes from a kernel of its own, see `row_stats`; in half precision the kernel
+of dq writes it, and the kernel of dk and dv reads it.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
@@ -16,36 +15,23 @@ from torch import Tensor
 
 from zoo.ops.kernels.primitives import add_product, dot
 from zoo.ops.kernels.widths import cut_width
+from zoo.ops.softmax_attention.kernels.row_stats import attention_row_stats
 from zoo.ops.softmax_attention.kernels.tiles import strides, tiles_of, wide_rows, widths
-
-
-@triton.jit
-def _row_products(dy, y, BLOCK_Q: tl.constexpr):
-    """sum(dy * y) of each row [BLOCK_Q].
-
-    In float32 it is summed in the order of the product dy v^T, as its diagonal: a query that sees few keys has a y
-    close to their values, and what is left of dw - delta would be the difference of two orders of summation.
-    """
-    if dy.dtype == tl.float32:
-        row = tl.arange(0, BLOCK_Q)
-        sums = tl.sum(tl.where(row[:, None] == row[None, :], dot(dy, tl.trans(y)), 0.0), axis=1)
-    else:
-        sums = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
-    return sums
+from zoo.ops.softmax_attention.kernels.weights import logit_scale, powers, shared_out
 
 
 @triton.jit
 def _attention_bwd_dq(
-    q_ptr, k_ptr, v_ptr, dy_ptr, y_ptr, lse_ptr, delta_ptr, dq_ptr,  # as in the forward; delta like lse, dq like q
+    q_ptr, k_ptr, v_ptr, dy_ptr, y_ptr, lse_ptr, delta_ptr, share_ptr, dq_ptr,  # delta, share like lse; dq like q
     spans_ptr, tiles_ptr,  # [S,5] [2,M]
-    S, M, scale, scale_log2,
+    S, M, scale, logit_scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h, dy_stride_b, dy_stride_t, dy_stride_h, y_stride_b, y_stride_t, y_stride_h,
     dq_stride_b, dq_stride_t, dq_stride_h, lse_stride_b, lse_stride_h,
     HEADS_PER_GROUP: tl.constexpr, P: tl.constexpr, PV: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_PV: tl.constexpr,
 ):  # fmt: skip
-    """One program owns the gradient of BLOCK_Q queries of one head of one sequence, and their delta."""
+    """One program owns the gradient of BLOCK_Q queries of one head of one sequence; see above for their delta."""
     head = tl.program_id(1).to(tl.int64)
     group = head // HEADS_PER_GROUP
     s = tl.load(tiles_ptr + tl.program_id(0))
@@ -67,11 +53,14 @@ def _attention_bwd_dq(
     stat_at = s * lse_stride_b + head * lse_stride_h
     q = tl.load(q_at + row[:, None] * q_stride_t + p[None, :], mask=in_q[:, None] & in_p[None, :], other=0.0)
     dy = tl.load(dy_at + row[:, None] * dy_stride_t + pv[None, :], mask=in_q[:, None] & in_pv[None, :], other=0.0)
-    y_at = y_ptr + s * y_stride_b + head * y_stride_h
-    y = tl.load(y_at + row[:, None] * y_stride_t + pv[None, :], mask=in_q[:, None] & in_pv[None, :], other=0.0)
     lse = tl.load(lse_ptr + stat_at + row, mask=in_q, other=float("inf"))
-    delta = _row_products(dy, y, BLOCK_Q)
-    tl.store(delta_ptr + stat_at + row, delta, mask=in_q)
+    if q_ptr.dtype.element_ty == tl.float32:
+        delta = tl.load(delta_ptr + stat_at + row, mask=in_q, other=0.0)
+    else:
+        y_at = y_ptr + s * y_stride_b + head * y_stride_h
+        y = tl.load(y_at + row[:, None] * y_stride_t + pv[None, :], mask=in_q[:, None] & in_pv[None, :], other=0.0)
+        delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
+        tl.store(delta_ptr + stat_at + row, delta, mask=in_q)
     dq = tl.zeros([BLOCK_Q, BLOCK_P], tl.float32)
     k_stop = k_length
     if CAUSAL:
@@ -87,8 +76,9 @@ def _attention_bwd_dq(
         sees = in_q[:, None] & in_k[None, :]
         if CAUSAL:
             sees = sees & (j[None, :] <= i[:, None] + offset)
-        logits = tl.where(sees, dot(q, tl.trans(k)) * scale_log2, float("-inf"))
-        weights = tl.exp2(logits - lse[:, None])  # [BLOCK_Q, BLOCK_K]
+        logits = tl.where(sees, dot(q, tl.trans(k)) * logit_scale, float("-inf"))
+        weights = powers(logits - lse[:, None], q_ptr)  # [BLOCK_Q, BLOCK_K]
+        weights = shared_out(weights, share_ptr, stat_at + row, in_q, 0)
         ds = weights * (dot(dy, v) - delta[:, None])
         dq = dot(ds.to(k.dtype), k, dq)
     dq_at = dq_ptr + s * dq_stride_b + head * dq_stride_h + row[:, None] * dq_stride_t + p[None, :]
@@ -97,9 +87,9 @@ def _attention_bwd_dq(
 
 @triton.jit
 def _attention_bwd_dkdv(
-    q_ptr, k_ptr, v_ptr, dy_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,  # dk like k, dv like v
+    q_ptr, k_ptr, v_ptr, dy_ptr, lse_ptr, delta_ptr, share_ptr, dk_ptr, dv_ptr,  # dk like k, dv like v
     spans_ptr, tiles_ptr,  # [S,5] [2,M]
-    S, M, scale, scale_log2,
+    S, M, scale, logit_scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h, dy_stride_b, dy_stride_t, dy_stride_h,
     dk_stride_b, dk_stride_t, dk_stride_h, dv_stride_b, dv_stride_t, dv_stride_h, lse_stride_b, lse_stride_h,
@@ -150,8 +140,9 @@ def _attention_bwd_dkdv(
             sees = in_k[:, None] & in_q[None, :]
             if CAUSAL:
                 sees = sees & (j[:, None] <= i[None, :] + offset)
-            logits = tl.where(sees, dot(k, tl.trans(q)) * scale_log2, float("-inf"))
-            weights = tl.exp2(logits - lse[None, :])  # [BLOCK_K, BLOCK_Q]
+            logits = tl.where(sees, dot(k, tl.trans(q)) * logit_scale, float("-inf"))
+            weights = powers(logits - lse[None, :], q_ptr)  # [BLOCK_K, BLOCK_Q]
+            weights = shared_out(weights, share_ptr, stat_at + row, in_q, 1)
             dv, dv_lost = add_product(dv, dv_lost, weights.to(dy.dtype), dy)
             ds = weights * (dot(v, tl.trans(dy)) - delta[None, :])
             dk, dk_lost = add_product(dk, dk_lost, ds.to(q.dtype), q)
@@ -195,15 +186,22 @@ def attention_backward(
         "BLOCK_Q": block, "BLOCK_K": block, "BLOCK_P": block_p, "BLOCK_PV": block_pv,
         "num_warps": warps, "num_stages": 2,
     }  # fmt: skip
-    scales = (scale, scale * math.log2(math.e))
+    to_logits = logit_scale(scale, q.dtype)
     q_tiles, q_programs = tiles_of(spans[:, 1], batch * queries, block)
+    share = dy
+    if q.dtype == torch.float32:
+        share = fresh(lse.shape, dtype=torch.float32, device=q.device)
+        attention_row_stats[(q_programs, heads)](
+            q, k, v, dy, lse, delta, share, spans, q_tiles, sequences, q_programs, to_logits,
+            *input_strides, *stat_strides, **sizes,
+        )  # fmt: skip
     _attention_bwd_dq[(q_programs, heads)](
-        q, k, v, dy, y, lse, delta, dq, spans, q_tiles, sequences, q_programs, *scales,
+        q, k, v, dy, y, lse, delta, share, dq, spans, q_tiles, sequences, q_programs, scale, to_logits,
         *input_strides, *strides(y, packed), *strides(dq, packed), *stat_strides, **sizes,
     )  # fmt: skip
     k_tiles, k_programs = tiles_of(spans[:, 3], batch * keys, block)
     _attention_bwd_dkdv[(k_programs, groups)](
-        q, k, v, dy, lse, delta, dk, dv, spans, k_tiles, sequences, k_programs, *scales,
+        q, k, v, dy, lse, delta, share, dk, dv, spans, k_tiles, sequences, k_programs, scale, to_logits,
         *input_strides, *strides(dk, packed), *strides(dv, packed), *stat_strides, **sizes,
     )  # fmt: skip
     dq, dk, dv = (cut_width(gradient, width) for gradient, width in zip((dq, dk, dv), wanted, strict=True))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -12,13 +10,14 @@ from torch import Tensor
 from zoo.ops.kernels.primitives import dot
 from zoo.ops.kernels.widths import cut_width
 from zoo.ops.softmax_attention.kernels.tiles import strides, tiles_of, wide_rows, widths
+from zoo.ops.softmax_attention.kernels.weights import log_of, logit_scale, powers
 
 
 @triton.jit
 def _attention_fwd(
     q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr,  # [B,Tq,H,P] [B,Tk,G,P] [B,Tk,G,Pv] -> [B,Tq,H,Pv] [B,H,Tq]
     spans_ptr, tiles_ptr,  # [S,5] [2,M]
-    S, M, scale_log2,
+    S, M, logit_scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     v_stride_b, v_stride_t, v_stride_h, y_stride_b, y_stride_t, y_stride_h, lse_stride_b, lse_stride_h,
     HEADS_PER_GROUP: tl.constexpr, P: tl.constexpr, PV: tl.constexpr, CAUSAL: tl.constexpr,
@@ -55,15 +54,15 @@ def _attention_fwd(
         in_k = j < k_length
         col = k_first + j
         k = tl.load(k_at + col[None, :] * k_stride_t + p[:, None], mask=in_k[None, :] & (p < P)[:, None], other=0.0)
-        logits = dot(q, k) * scale_log2  # [BLOCK_Q, BLOCK_K]
+        logits = dot(q, k) * logit_scale  # [BLOCK_Q, BLOCK_K]
         sees = in_q[:, None] & in_k[None, :]
         if CAUSAL:
             sees = sees & (j[None, :] <= i[:, None] + offset)
         logits = tl.where(sees, logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         level = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(logits - level[:, None])
-        shrink = tl.exp2(top - level)
+        weights = powers(logits - level[:, None], q_ptr)
+        shrink = powers(top - level, q_ptr)
         total = total * shrink + tl.sum(weights, axis=1)
         v = tl.load(v_at + col[:, None] * v_stride_t + pv[None, :], mask=in_k[:, None] & (pv < PV)[None, :], other=0.0)
         y = dot(weights.to(v.dtype), v, y * shrink[:, None])
@@ -71,7 +70,7 @@ def _attention_fwd(
     alive = total > 0.0
     total = tl.where(alive, total, 1.0)
     y = y / total[:, None]
-    lse = tl.where(alive, top + tl.log2(total), float("inf"))
+    lse = tl.where(alive, top + log_of(total, q_ptr), float("inf"))
     y_at = y_ptr + s * y_stride_b + head * y_stride_h + row[:, None] * y_stride_t + pv[None, :]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=in_q[:, None] & (pv < PV)[None, :])
     tl.store(lse_ptr + s * lse_stride_b + head * lse_stride_h + row, lse, mask=in_q)
@@ -80,7 +79,7 @@ def _attention_fwd(
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float, causal: bool, packed: bool, padded: bool
 ) -> tuple[Tensor, Tensor]:
-    """y [B,Tq,H,Pv] and the base-2 log-sum-exp float32 [B,H,Tq]; see `triton_path` for the arguments."""
+    """y [B,Tq,H,Pv] and the log-sum-exp float32 [B,H,Tq]; see `triton_path` for the arguments."""
     wanted = v.shape[3]
     q, k, v = wide_rows(q), wide_rows(k), wide_rows(v)
     batch, queries, heads, channels = q.shape
@@ -94,7 +93,7 @@ def attention_forward(
     _attention_fwd[(programs, heads)](
         q, k, v, y, lse,
         spans, tiles,
-        spans.shape[0], programs, scale * math.log2(math.e),
+        spans.shape[0], programs, logit_scale(scale, q.dtype),
         *strides(q, packed), *strides(k, packed), *strides(v, packed), *strides(y, packed),
         0 if packed else lse.stride(0), lse.stride(1),
         HEADS_PER_GROUP=heads // groups, P=channels, PV=value_channels, CAUSAL=causal,

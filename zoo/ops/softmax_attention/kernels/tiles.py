@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.ops.kernels.rows import next_power_of_2, rows
 from zoo.ops.kernels.widths import whole_width
 
 
@@ -25,17 +26,12 @@ def tiles_of(lengths: Tensor, total: int, block: int) -> tuple[Tensor, int]:
 
 def widths(channels: int) -> int:
     """Width of a tile that holds `channels`: a power of two, at least 16."""
-    return max(16, 1 << (channels - 1).bit_length())
-
-
-def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if its last axis is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    return max(16, next_power_of_2(channels))
 
 
 def wide_rows(tensor: Tensor) -> Tensor:
     """The tensor, or a copy if its last axis is not contiguous or, in half precision, no multiple of 16."""
-    return rows_contiguous(whole_width(tensor))
+    return rows(whole_width(tensor))
 
 
 def strides(tensor: Tensor, packed: bool) -> tuple[int, int, int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.semiseparable.kernels.chunks import chunks_of, decay_sums
-from zoo.ops.semiseparable.kernels.launch import on_device
 from zoo.ops.ssd.kernels.decays import decays
 from zoo.ops.ssd.kernels.keys import keys
 from zoo.ops.ssd.kernels.pairs import pairs

@@ -6,11 +6,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.launcher import launched
 from zoo.ops.kernels.primitives import exp
 from zoo.ops.kernels.rows import cdiv, next_power_of_2, rows, warps_for
 from zoo.ops.kernels.time_step import softplus
-from zoo.ops.semiseparable.kernels.launch import on_device
 
 TILE = 4096  # elements of the state that one program holds, 32 in each of 128 threads
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.ops.kernels.devices import on_device
 from zoo.ops.semiseparable.kernels.chunks import chunks_of, decay_sums
-from zoo.ops.semiseparable.kernels.launch import flat, on_device
+from zoo.ops.semiseparable.kernels.launch import flat
 from zoo.ops.semiseparable.kernels.walk_launch import Decays, State, blocks_for, walk
 
 

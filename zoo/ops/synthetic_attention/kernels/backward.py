@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.ops.kernels.rows import rows
 from zoo.ops.kernels.widths import cut_width
-from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous, wide_rows
+from zoo.ops.softmax_attention.kernels.tiles import wide_rows
 from zoo.ops.synthetic_attention.kernels.backward_keys import backward_keys
-from zoo.ops.synthetic_attention.kernels.backward_queries import backward_queries, row_stats
+from zoo.ops.synthetic_attention.kernels.backward_queries import backward_queries
 from zoo.ops.synthetic_attention.kernels.backward_table import backward_table
 from zoo.ops.synthetic_attention.kernels.operands import operands
+from zoo.ops.synthetic_attention.kernels.row_stats import row_stats
 
 
 def synthetic_backward(
@@ -34,7 +36,7 @@ def synthetic_backward(
     of_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of v, q, k, table, left and right; see `triton_path` for the arguments."""
-    given, dy = operands(v, q, k, table, left, right), rows_contiguous(dy)
+    given, dy = operands(v, q, k, table, left, right), rows(dy)
     stats = row_stats(given, dy, y, lse.contiguous(), spans, causal, packed)
     shared = (given, wide_rows(dy), stats, spans, causal, packed)
     dq, dleft, dright = backward_queries(*shared)

@@ -1,19 +1,12 @@
-"""Backward of synthetic attention for what belongs to queries: delta, q, left and right.
-
-delta_i = sum_j w_ij dw_ij is a sum over outputs too, and half precision takes it from there. In float32 it is the mean
-of dw under the weights that the tiles of ds have: only then do dw and delta cancel at queries that see few keys. An
-error that all weights have in common, from the rounding of the log-sum-exp, would else leave its product with delta
-in ds, however small ds is. The sum that makes it a mean also normalises the weights.
-"""
+"""Backward of synthetic attention for what belongs to queries: q, left and right."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.ops.kernels.primitives import add_product, dot, exponential
+from zoo.ops.kernels.primitives import add_product, dot
 from zoo.ops.softmax_attention.kernels.tiles import strides, tiles_of
 from zoo.ops.synthetic_attention.kernels.operands import Operands, Stats, fresh_like, table_sizes
 from zoo.ops.synthetic_attention.kernels.spans import load_rows, normalised, outer_logits, picks, span
@@ -28,13 +21,13 @@ def _synthetic_bwd_queries(
     v_stride_b, v_stride_t, v_stride_h, q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
     left_stride_b, left_stride_t, left_stride_h, right_stride_b, right_stride_t, right_stride_h,
     table_stride_h, table_stride_i, dy_stride_b, dy_stride_t, dy_stride_h, lse_stride_b, lse_stride_h,
-    rows_per_batch, H, CAUSAL: tl.constexpr, DELTA_ONLY: tl.constexpr,
+    rows_per_batch, H, CAUSAL: tl.constexpr,
     HAS_INNER: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_OUTER: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, A: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program owns the gradients of BLOCK_Q queries of one head of one sequence, or their delta and share alone."""
+    """One program owns the gradients of BLOCK_Q queries of one head of one sequence."""
     head = tl.program_id(1).to(tl.int64)
     s = tl.load(tiles_ptr + tl.program_id(0))
     tile = tl.load(tiles_ptr + M + tl.program_id(0))
@@ -56,11 +49,7 @@ def _synthetic_bwd_queries(
     dy = load_rows(dy_ptr + s * dy_stride_b + head * dy_stride_h, row, dy_stride_t, p, P, in_q)
     stat_at = s * lse_stride_b + head * lse_stride_h + row
     lse = tl.load(lse_ptr + stat_at, mask=in_q, other=float("inf"))
-    if DELTA_ONLY:
-        sums = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)  # of each lane, so that few terms follow on each other
-        products = sums
-    else:
-        delta = tl.load(delta_ptr + stat_at, mask=in_q, other=0.0)
+    delta = tl.load(delta_ptr + stat_at, mask=in_q, other=0.0)
     k_stop = k_length
     if CAUSAL:
         k_stop = tl.minimum(k_stop, (tile + 1) * BLOCK_Q + offset)
@@ -88,44 +77,24 @@ def _synthetic_bwd_queries(
         logits = tl.where(sees, logits, float("-inf"))  # [BLOCK_Q, BLOCK_K]
         v = tl.load(v_at + col[None, :] * v_stride_t + p[:, None], mask=in_k[None, :] & (p < P)[:, None], other=0.0)
         dw = dot(dy, v)
-        if DELTA_ONLY:
-            weights = exponential(logits - lse[:, None], v_ptr.dtype.element_ty == tl.float32)
-            sums += weights
-            products += weights * dw
-        else:
-            weights = normalised(logits, lse, share_ptr, stat_at, in_q, 0)
-            ds = weights * (dw - delta[:, None])
-            if HAS_INNER:
-                dq, dq_lost = add_product(dq, dq_lost, ds.to(k.dtype), k)
-            if HAS_OUTER:
-                pick_left = picks((j // COLUMNS)[:, None] == a[None, :], left)
-                pick_right = picks((j % COLUMNS)[:, None] == c[None, :], right)
-                dleft, dleft_lost = add_product(dleft, dleft_lost, (ds * of_right).to(left.dtype), pick_left)
-                dright, dright_lost = add_product(dright, dright_lost, (ds * of_left).to(right.dtype), pick_right)
+        weights = normalised(logits, lse, share_ptr, stat_at, in_q, 0)
+        ds = weights * (dw - delta[:, None])
+        if HAS_INNER:
+            dq, dq_lost = add_product(dq, dq_lost, ds.to(k.dtype), k)
+        if HAS_OUTER:
+            pick_left = picks((j // COLUMNS)[:, None] == a[None, :], left)
+            pick_right = picks((j % COLUMNS)[:, None] == c[None, :], right)
+            dleft, dleft_lost = add_product(dleft, dleft_lost, (ds * of_right).to(left.dtype), pick_left)
+            dright, dright_lost = add_product(dright, dright_lost, (ds * of_left).to(right.dtype), pick_right)
     line = (s * rows_per_batch + row) * H + head  # of the contiguous gradients
-    if DELTA_ONLY:
-        total = tl.sum(sums, axis=1)
-        share = 1.0 / tl.where(total > 0.0, total, 1.0)
-        tl.store(delta_ptr + stat_at, tl.sum(products, axis=1) * share, mask=in_q)
-        tl.store(share_ptr + stat_at, share, mask=in_q)
-    if HAS_INNER and not DELTA_ONLY:
+    if HAS_INNER:
         at = dq_ptr + line[:, None] * N + n[None, :]
         tl.store(at, dq.to(dq_ptr.dtype.element_ty), mask=in_q[:, None] & (n < N)[None, :])
-    if HAS_OUTER and not DELTA_ONLY:
+    if HAS_OUTER:
         at = dleft_ptr + line[:, None] * A + a[None, :]
         tl.store(at, dleft.to(dleft_ptr.dtype.element_ty), mask=in_q[:, None] & (a < A)[None, :])
         at = dright_ptr + line[:, None] * C + c[None, :]
         tl.store(at, dright.to(dright_ptr.dtype.element_ty), mask=in_q[:, None] & (c < C)[None, :])
-
-
-def row_stats(given: Operands, dy: Tensor, y: Tensor, lse: Tensor, spans: Tensor, causal: bool, packed: bool) -> Stats:
-    """What the weights and gradients of rows of logits are made of; lse float32 [B,H,Tq], contiguous."""
-    if dy.dtype != torch.float32:
-        delta = (dy.to(torch.float32) * y.to(torch.float32)).sum(-1).transpose(1, 2).contiguous()
-        return Stats(lse, delta, dy)
-    stats = Stats(lse, torch.empty_like(lse), torch.empty_like(lse))
-    _launch(given, dy, stats, (lse, lse, lse), spans, causal, packed, delta_only=True)
-    return stats
 
 
 def backward_queries(
@@ -133,22 +102,8 @@ def backward_queries(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, left and right, contiguous, as wide as they are in `given`."""
     made = (fresh_like(given.q, given.v), fresh_like(given.left, given.v), fresh_like(given.right, given.v))
-    if given.q is not None or given.left is not None:
-        _launch(given, dy, stats, made, spans, causal, packed, delta_only=False)
-    return made
-
-
-def _launch(
-    given: Operands,
-    dy: Tensor,
-    stats: Stats,
-    made: tuple[Tensor, Tensor, Tensor],
-    spans: Tensor,
-    causal: bool,
-    packed: bool,
-    *,
-    delta_only: bool,
-) -> None:
+    if given.q is None and given.left is None:
+        return made
     batch, queries, heads, _ = dy.shape
     block, warps = given.blocks()
     tiles, programs = tiles_of(spans[:, 1], batch * queries, block)
@@ -156,6 +111,7 @@ def _launch(
         *given.pointers(), dy, *stats, *made,
         spans, tiles, spans.shape[0], programs, *table_sizes(given.table),
         *given.all_strides(packed), *strides(dy, packed), *stats.strides(packed),
-        0 if packed else queries, heads, CAUSAL=causal, DELTA_ONLY=delta_only,
+        0 if packed else queries, heads, CAUSAL=causal,
         **given.sizes(), BLOCK_Q=block, BLOCK_K=block, num_warps=warps, num_stages=2,
     )  # fmt: skip
+    return made

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.ops.softmax_attention.kernels.tiles import rows_contiguous, strides, wide_rows, widths
+from zoo.ops.kernels.rows import rows
+from zoo.ops.softmax_attention.kernels.tiles import strides, wide_rows, widths
 
 
 class Operands(NamedTuple):
@@ -44,13 +45,19 @@ class Operands(NamedTuple):
         }  # fmt: skip
 
     def blocks(self) -> tuple[int, int]:
-        """(tile edge, warps): smaller tiles for wider operands."""
-        widest = max(value for name, value in self.sizes().items() if name.startswith("BLOCK"))
+        """(tile edge, warps): smaller tiles for wider operands.
+
+        With 4 warps the gradient of left, 64 rows from registers times 32 columns, was wrong on an H100 (Triton 3.6,
+        whose assembler breaks up such products); 8 warps share them, in columns.
+        """
+        sizes = self.sizes()
+        widest = max(value for name, value in sizes.items() if name.startswith("BLOCK"))
         if self.v.element_size() == 4:
             return (32, 4) if widest <= 128 else (16, 4)
-        if widest <= 64:
-            return 64, 4 if self.left is None else 8  # with 4, the gradient of left was wrong on an H100 (Triton 3.6)
-        return (64, 8) if widest <= 128 else (32, 8)
+        if widest > 64:
+            return (64, 8) if widest <= 128 else (32, 8)
+        shared = self.left is not None or 32 in (sizes["BLOCK_N"], sizes["BLOCK_P"])
+        return 64, 8 if shared else 4
 
 
 class Stats(NamedTuple):
@@ -75,7 +82,7 @@ def operands(
     """The operands as the kernels take them; all but the table are operands of matrix products."""
     columns = 1 if right is None else right.shape[-1]
     q, k, left, right = (None if part is None else wide_rows(part) for part in (q, k, left, right))
-    table = None if table is None else rows_contiguous(table)
+    table = None if table is None else rows(table)
     return Operands(wide_rows(v), q, k, table, left, right, columns)
 
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from zoo.ops.kernels.primitives import dot, exponential
+from zoo.ops.softmax_attention.kernels.weights import shared_out
 
 
 @triton.jit
@@ -29,15 +30,9 @@ def load_rows(at, row, stride_t, lanes, WIDTH: tl.constexpr, in_rows):
 
 @triton.jit
 def normalised(logits, lse, share_ptr, at, in_rows, ALONG: tl.constexpr):
-    """Softmax weights of a tile of logits, -inf where hidden, of which queries lie along axis ALONG; lse is theirs.
-
-    The rounding of the log-sum-exp is an error that all weights of a query have in common. In float32 it goes out
-    again: share is 1 over the sum of the weights that have it.
-    """
+    """Softmax weights of a tile of logits, -inf where hidden, of which queries lie along axis ALONG; lse is theirs."""
     weights = exponential(logits - tl.expand_dims(lse, 1 - ALONG), share_ptr.dtype.element_ty == tl.float32)
-    if share_ptr.dtype.element_ty == tl.float32:
-        weights *= tl.expand_dims(tl.load(share_ptr + at, mask=in_rows, other=0.0), 1 - ALONG)
-    return weights
+    return shared_out(weights, share_ptr, at, in_rows, ALONG)
 
 
 @triton.jit
