@@ -52,6 +52,19 @@ def test_one_unlucky_draw_of_a_small_tensor_is_no_failure() -> None:
     assert judged([3.0] + [1.0] * (DRAWS - 1)) == list(range(1, DRAWS))
 
 
+def test_a_draw_in_which_the_tensor_cancels_does_not_decide() -> None:
+    """Its values are a hundredth of those of the other draws, its errors are as large."""
+
+    def cancelled(seed: int) -> Draw:
+        got, exact, plain = draw(seed, 3.0 if seed == 0 else 1.0)
+        if seed > 0:
+            return got, exact, plain
+        got, plain, exact = ({name: part[name] - 0.99 * exact[name] for name in exact} for part in (got, plain, exact))
+        return got, exact, plain
+
+    agree(subject(), "a way", *cancelled(0), again=cancelled)
+
+
 def test_a_small_tensor_that_errs_in_every_draw_fails() -> None:
     with pytest.raises(CheckFailed, match="output differs"):
         judged([2.2] * DRAWS)

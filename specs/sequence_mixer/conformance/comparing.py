@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -65,22 +65,28 @@ def agree(
 
 
 def _judge(subject: Subject, name: str, draws: list[Draw]) -> budget.Verdict:
-    """The verdict on one tensor, from the relative errors of all draws together."""
-    parts: list[list[Tensor]] = [[], [], []]
-    squares = 0.0
-    for draw in draws:
-        exact, plain = draw[1], draw[2]
-        least = _least_scale(exact) if name.startswith("gradient") else 0.0
-        scale = max(budget.rms(exact[name]), least) or 1.0
-        for part, values in zip(parts, draw, strict=True):
-            if name in values:
-                part.append((values[name].detach().double().cpu() / scale).flatten())
-        squares += (usual_error(plain, exact) if plain else budget.SAME_FLOAT64) ** 2
-    got, exact_parts, plain_parts = (torch.cat(part) if part else None for part in parts)
+    """The verdict on one tensor, from the errors of all draws together beside its values in all draws together.
+
+    Relative errors draw by draw would be those of the one draw in which the tensor happens to cancel.
+    """
+    got, exact, plain = (_together(values, name) for values in zip(*draws, strict=True))
     assert got is not None
-    assert exact_parts is not None
-    usual = (squares / len(draws)) ** 0.5
-    return budget.judge(got, exact_parts, plain_parts, subject.dtype, plain_error=usual, scale=1.0)
+    assert exact is not None
+    least = [_least_scale(draw[1]) if name.startswith("gradient") else 0.0 for draw in draws]
+    usual = [usual_error(plain_values, exact_values) if plain_values else budget.SAME_FLOAT64
+             for _, exact_values, plain_values in draws]  # fmt: skip
+    return budget.judge(got, exact, plain, subject.dtype, plain_error=_mean(usual), scale=_mean(least))
+
+
+def _together(values: Sequence[Values], name: str) -> Tensor | None:
+    """The tensor of that name of every draw, in one; None if there are none."""
+    parts = [part[name].detach().double().cpu().flatten() for part in values if name in part]
+    return torch.cat(parts) if parts else None
+
+
+def _mean(values: list[float]) -> float:
+    """Root mean square."""
+    return float(torch.tensor(values, dtype=torch.float64).square().mean().sqrt())
 
 
 def _least_scale(exact: Mapping[str, Tensor]) -> float:
