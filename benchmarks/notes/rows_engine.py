@@ -1,6 +1,8 @@
 """Checks and times the row kernels, short convolution and gated RMS norm, variant by variant, in one run (GPU).
 
-python benchmarks/notes/rows_engine.py    prints a line per variant and writes $OUT/rows.json
+python benchmarks/notes/rows_engine.py            of many taps (H3's 64): LOOPED kernels, then BANDED ones
+python benchmarks/notes/rows_engine.py few        of 4 taps, and the norm
+Prints a line per variant and writes $OUT/rows.json.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,9 +21,28 @@ sys.path[:0] = [str(ROOT), str(ROOT / "specs"), str(ROOT / "plugins")]
 import torch  # noqa: E402
 
 CHILDREN = 12
+PATIENCE = 60  # seconds that children get to compile
 
 
-def variants():
+def many_taps():
+    """(kind, settings) for 64 taps. Longest span, stages, channels of a warp, programs at a time, dtype of the taps."""
+    yield from (("LOOPED forward", {}), ("LOOPED backward", {}))
+    usual = {"forward": dict(span=512, stages=4), "tokens": dict(span=512, stages=4), "taps": dict(span=512, stages=2)}
+    for kernel, settings in usual.items():
+        yield f"BANDED {kernel}", settings
+    yield from (("GATE PyTorch", {}), ("GATE kernels", {}))
+    yield "BANDED forward", usual["forward"] | dict(span=256)
+    yield "BANDED forward", usual["forward"] | dict(taps="bfloat16")
+    yield "BANDED forward", usual["forward"] | dict(stages=6)
+    yield "BANDED forward", usual["forward"] | dict(held=1)
+    yield "BANDED taps", usual["taps"] | dict(stages=3)
+    yield "BANDED taps", usual["taps"] | dict(span=256)
+    yield "BANDED taps", usual["taps"] | dict(programs=66)
+    yield "BANDED forward", usual["forward"] | dict(span=1024)
+    yield "BANDED forward", usual["forward"] | dict(span=128)
+
+
+def few_taps():
     """(kind, settings): BLOCK_D, SPAN, UNROLL, num_warps of the convolution; PROGRAMS, WARPS of the norm."""
     walks = {
         "FORWARD": [(256, 64, 8, 2), (256, 64, 4, 1), (256, 128, 8, 2), (128, 64, 8, 1), (256, 32, 8, 2),
@@ -40,6 +63,56 @@ def draw(batch, tokens, channels, rows, width):
     conv = dict(x=r(batch, tokens, channels), weight=r(channels, 4), bias=r(channels), dy=r(batch, tokens, channels))
     norm = dict(x=r(rows, width), z=r(rows, width), weight=r(width), dy=r(rows, width))
     return conv, norm
+
+
+def draw_many(batch, tokens):
+    """As in H3: keys are a third of a projection, taps float32."""
+    g = torch.Generator("cuda").manual_seed(0)
+    r = lambda *shape: torch.randn(*shape, device="cuda", generator=g)
+    x = r(batch, tokens, 3 * 2048).bfloat16().chunk(3, dim=-1)[1]
+    return x, r(2048, 64) / 8, r(batch, tokens, 2048).bfloat16()
+
+
+def calls_many(x, weight, dy):
+    from zoo.ops.short_convolution.kernels import banded_launch as banded
+    from zoo.ops.lti_attention.kernels import gates
+    from zoo.ops.short_convolution.kernels.looped import looped_backward, looped_forward
+
+    taps = {"float32": weight, "bfloat16": weight.bfloat16()}
+    spans = lambda: banded.spans_in(x, None)
+    return {
+        "LOOPED forward": lambda dtype: looped_forward(x, taps[dtype], None, None, None)[:1],
+        "LOOPED backward": lambda dtype: looped_backward(dy, None, x, taps[dtype], None, None, None)[:2],
+        "BANDED forward": lambda dtype: [banded.convolve(x, taps[dtype], None, None, spans(), reverse=False)],
+        "BANDED tokens": lambda dtype: [banded.convolve(dy, taps[dtype], None, None, spans(), reverse=True)],
+        "BANDED taps": lambda dtype: [banded.tap_gradient(dy, x, taps[dtype], None, spans())],
+        "GATE PyTorch": lambda dtype: [x * dy, dy * x, dy * dy],  # a product and both gradients, one factor a slice
+        "GATE kernels": lambda dtype: [gates.product(x, dy), *gates.product_gradients(dy, x, dy)][:3],
+    }
+
+
+def exact_many(x, weight, dy):
+    from zoo.ops import short_convolution
+
+    leaves = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    y = short_convolution(*leaves, backend="reference")[0]
+    dx, dweight = torch.autograd.grad(y, leaves, dy.double())
+    y = y.detach()
+    found = {"BANDED forward": [y], "BANDED tokens": [dx], "BANDED taps": [dweight]}
+    products = [x.double() * dy.double(), dy.double() * x.double(), dy.double() * dy.double()]
+    found |= {"GATE PyTorch": products, "GATE kernels": [products[0], products[2], products[1]]}
+    return found | {"LOOPED forward": [y], "LOOPED backward": [dx, dweight]}
+
+
+def settle_many(kind, settings):
+    from zoo.ops.short_convolution.kernels import banded_launch as banded
+
+    if kind.startswith("BANDED"):
+        size = banded.Size(held=settings.get("held", 2), stages=settings["stages"])
+        banded.SIZES[kind.split()[1]] = size
+        banded.SPANS = (settings["span"], settings["span"])
+        banded.PROGRAMS = settings.get("programs", 132)
+    return settings.get("taps", "float32")
 
 
 def calls(conv, norm):
@@ -93,30 +166,49 @@ def settle(kind, options):
         setattr(walk, kind, options)
 
 
+def few():
+    """What `main` needs: variants, a function that settles one and gives its call, inputs to compile with, to check
+    with and to time with, and what is exact."""
+    make = lambda inputs: {kind: (lambda _, run=run: run()) for kind, run in calls(*inputs).items()}
+    inputs = draw(1, 512, 4352, 64, 4096), draw(2, 300, 4352, 1100, 4096), draw(8, 4096, 4352, 32768, 4096)
+    return [("NORM forward", {}), *few_taps()], settle_few, make, inputs, lambda given: exact(*given)
+
+
+def settle_few(kind, options):
+    if options:
+        settle(kind, options)
+
+
+def many():
+    inputs = draw_many(1, 512), draw_many(2, 300), draw_many(8, 4096)
+    return list(many_taps()), settle_many, lambda given: calls_many(*given), inputs, lambda given: exact_many(*given)
+
+
 def main():
-    found = list(variants())
-    if sys.argv[1:2] == ["--warm"]:
-        run = calls(*draw(1, 512, 4352, 64, 4096))
-        for place in range(int(sys.argv[2]), len(found), CHILDREN):
-            settle(*found[place])
-            run[found[place][0]]()
-        run["NORM forward"]()
+    words = sys.argv[1:]
+    variants, settle_one, make, (tiny, small, large), truth_of = few() if "few" in words else many()
+    if "--warm" in words:
+        run = make(tiny)
+        for place in range(int(words[words.index("--warm") + 1]), len(variants), CHILDREN):
+            kind, options = variants[place]
+            run[kind](settle_one(kind, options))
         torch.cuda.synchronize()
         return
-    children = [subprocess.Popen([sys.executable, __file__, "--warm", str(i)]) for i in range(CHILDREN)]
+    began = time.perf_counter()
+    children = [subprocess.Popen([sys.executable, __file__, *words, "--warm", str(i)]) for i in range(CHILDREN)]
     for child in children:
-        child.wait()
-    small = draw(2, 300, 4352, 1100, 4096)
-    truth, check = exact(*small), calls(*small)
-    run = calls(*draw(8, 4096, 4352, 32768, 4096))
-    print("NORM forward", f"{error(check['NORM forward'](), truth['NORM forward']):.1e}", ms(run["NORM forward"]))
-    out = []
-    for kind, options in found:
-        settle(kind, options)
         try:
-            bad, time = error(check[kind](), truth[kind]), ms(run[kind])
-            out.append({"kind": kind, "options": options, "error": bad, "ms": time})
-            print(kind, options, f"error {bad:.1e}", time, flush=True)
+            child.wait(max(0.1, began + PATIENCE - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+    print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
+    truth, check, run, out = truth_of(small), make(small), make(large), []
+    for kind, options in variants:
+        try:
+            chosen = settle_one(kind, options)
+            bad, spent = error(check[kind](chosen), truth[kind]), ms(partial(run[kind], chosen))
+            out.append({"kind": kind, "options": options, "error": bad, "ms": spent})
+            print(kind, options, f"error {bad:.1e}", spent, flush=True)
         except Exception as problem:
             print(kind, options, str(problem)[:150], flush=True)
     Path(os.environ.get("OUT", ".")).joinpath("rows.json").write_text(json.dumps(out))

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from zoo.ops.lti_attention import kernel_flops, lti_attention
 from zoo.ops.lti_attention.cost import kernel_chunk
+from zoo.ops.lti_attention.gates import gate
 
 from sequence_mixer.conformance.budget import judge
 from sequence_mixer.errors import BackendError
@@ -213,3 +214,18 @@ def test_what_the_kernels_do_not_serve_is_refused_in_words(device: str) -> None:
     (dq,) = torch.autograd.grad(y.square().sum(), leaves["q"], create_graph=True)
     with pytest.raises(NotImplementedError, match="backend='reference' for double backward"):
         dq.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_read_slices_and_give_both_gradients(dtype: torch.dtype, device: str) -> None:
+    projected = torch.randn(2, 5, 3 * 40, device=device).to(dtype)
+    a, b = (part.detach().requires_grad_() for part in projected.chunk(3, dim=-1)[1:])
+    g = torch.randn(2, 40, 5, device=device).to(dtype).transpose(1, 2)
+    y = gate(a, b)
+    found = (y, *torch.autograd.grad(y, (a, b), g))
+    for got, wanted in zip(found, (a * b, g * b, g * a), strict=True):
+        if device == "cpu" and dtype == torch.bfloat16:  # the interpreter drops digits instead of rounding
+            torch.testing.assert_close(got, wanted, rtol=2.0**-7, atol=0.0)
+        else:
+            assert torch.equal(got, wanted)
+    torch.library.opcheck(gate, (a, b))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from zoo.ops import short_convolution
 from zoo.ops.short_convolution import flops, triton_path
-from zoo.ops.short_convolution.kernels import walk
+from zoo.ops.short_convolution.kernels import banded_launch, looped, walk
 
 from sequence_mixer.conformance.budget import judge
 from sequence_mixer.errors import BackendError
@@ -109,6 +109,117 @@ def test_many_taps_meet_the_definition_in_packed_sequences(device: str, ends: li
     check(given, torch.float32, cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device))
     given = {name: t for name, t in given.items() if name in ("x", "weight")}
     check(given, torch.float32, cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "channels", "dtype"),
+    [(1, 9, 16, torch.bfloat16), (45, 20, 32, torch.bfloat16), (37, 40, 16, torch.float16)],
+)
+def test_many_taps_on_tensor_cores_stay_within_budget(
+    device: str, tokens: int, width: int, channels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("looped_forward", "looped_backward"):
+        monkeypatch.setattr(looped, name, None)  # nothing else serves so many taps
+    check(inputs(device, 2, tokens, channels, width), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "width", "channels"), [(300, 64, 80), (1031, 65, 16), (130, 33, 512)])
+def test_long_rows_of_many_taps_stay_within_budget(device: str, tokens: int, width: int, channels: int) -> None:
+    if device != "cuda":
+        pytest.skip("needs a CUDA device: too long for Triton's interpreter")
+    for dtype in (torch.bfloat16, torch.float16):
+        check(inputs(device, 3, tokens, channels, width), dtype)
+
+
+def test_tensor_cores_serve_half_precision_of_whole_sectors() -> None:
+    x = torch.empty(1, 1, 32, dtype=torch.bfloat16)
+    served = [width for width in range(1, 300) if banded_launch.banded_serves(x, width)]
+    assert served == list(range(9, 66))
+    assert banded_launch.banded_serves(x.half(), 9)
+    assert not banded_launch.banded_serves(x.float(), 9)
+    assert not banded_launch.banded_serves(x[..., :24], 9)
+
+
+def test_spans_are_short_where_programs_would_be_few() -> None:
+    assert banded_launch.span_of(8, 4096, 2048) == 512
+    assert banded_launch.span_of(1, 4096, 2048) == 256  # 16 spans, of 128 programs
+    assert banded_launch.span_of(2, 50, 64) == 64
+    assert banded_launch.span_of(4096, 100, 2048) == 128
+
+
+def test_several_blocks_of_spans_add_up(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(banded_launch, "SPANS", (16, 16))
+    monkeypatch.setattr(banded_launch, "PROGRAMS", 1)  # all blocks of a channel in one program or two
+    given = {name: t for name, t in inputs(device, 17, 11, 16, 10).items() if name in ("x", "weight")}  # 17 spans
+    check(given, torch.bfloat16)
+
+
+@pytest.mark.parametrize("ends", PACKINGS[:2])
+def test_many_taps_on_tensor_cores_see_one_packed_sequence_each(
+    device: str, ends: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(banded_launch, "SPANS", (16, 16))
+    given = inputs(device, 1, ends[-1], 16, 11, sequences=len(ends) - 1)
+    options = {"cu_seqlens": torch.tensor(ends, dtype=torch.int32, device=device)}
+    check(given, torch.bfloat16, **options)
+    given = {name: t for name, t in given.items() if name in ("x", "weight")}
+    check(given, torch.bfloat16, **options)
+
+
+def test_nothing_crosses_a_boundary_of_many_taps_even_nan(device: str) -> None:
+    given = {name: t.bfloat16() for name, t in inputs(device, 1, 40, 16, 20).items() if name in ("x", "weight")}
+    given["x"][:, 17:20] = float("nan")
+    given["x"].requires_grad_()
+    ends = torch.tensor([0, 17, 20, 40], device=device)
+    y, _ = short_convolution(**given, cu_seqlens=ends, backend="triton")
+    dx = torch.autograd.grad(y, given["x"], torch.ones_like(y))[0]
+    for value in (y[:, :17], y[:, 20:], dx):
+        assert bool(value.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_taps_keep_more_digits_than_half_inputs(device: str, dtype: torch.dtype) -> None:
+    """Two tokens of opposite sign leave what half precision cannot hold of the taps they meet."""
+    x = torch.zeros(1, 24, 16, dtype=dtype, device=device)
+    x[:, 3], x[:, 5] = 2.0**-4, -(2.0**-4)
+    size = 2.0 ** torch.linspace(-3, 18, 16, device=device).round()  # float16 ends at 2^16
+    weight = torch.zeros(16, 12, device=device)
+    weight[:, 11], weight[:, 9] = size, size * (1 + 2.0**-14)
+    y, _ = short_convolution(x, weight, backend="triton")
+    torch.testing.assert_close(y[0, 5], (size * 2.0**-18).to(dtype))
+
+
+def test_many_taps_of_a_slice_and_of_an_expanded_cotangent_are_served(device: str) -> None:
+    wide = torch.randn(2, 19, 96, device=device).bfloat16()
+    leaves = {"x": wide[:, :, 16:32], "weight": torch.randn(9, 16, device=device).t()}
+    for name, t in leaves.items():
+        leaves[name] = t.detach().requires_grad_()
+    found = []
+    for backend in ("triton", "reference"):
+        y, _ = short_convolution(**leaves, backend=backend)
+        found.append([y, *torch.autograd.grad(y.sum(), list(leaves.values()))])  # of stride 0 everywhere
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_stood_in_memory_does_not_matter_to_many_taps(
+    device: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {n: t.bfloat16() for n, t in inputs(device, 1, 21, 16, 9, sequences=3 if packed else 1).items()}
+    ends = torch.tensor([0, 2, 2, 21], device=device) if packed else None
+    clean = run(given, "triton", cu_seqlens=ends)
+    empty = torch.empty
+
+    def full_of_nan(*args: Any, **kwargs: Any) -> Tensor:
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", full_of_nan)
+    dirty = run(given, "triton", cu_seqlens=ends)
+    for name, value in clean.items():
+        assert torch.equal(value, dirty[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from zoo.ops.lti import lti_scan
+from zoo.ops.lti_attention.gates import gate
 
 
 def gated_scan(
@@ -20,10 +22,11 @@ def gated_scan(
 ) -> tuple[Tensor, Tensor]:
     """y = q scan(k v): shapes as in `lti_attention` with P = 1; y in the dtype of q, k and v.
 
-    backend: of `lti_scan`.
+    backend: of `lti_scan`; with "triton", gates are kernels too.
     """
+    product = gate if backend == "triton" else torch.mul
     y, final = lti_scan(
-        (k * v).squeeze(-1),
+        product(k.squeeze(-1), v.squeeze(-1)),
         log_a,
         c,
         D=D,
@@ -31,4 +34,4 @@ def gated_scan(
         cu_seqlens=cu_seqlens,
         backend=backend,
     )
-    return q * y.unsqueeze(-1), final[..., None, None]
+    return product(q.squeeze(-1), y).unsqueeze(-1), final[..., None, None]

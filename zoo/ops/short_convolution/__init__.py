@@ -17,7 +17,7 @@ from zoo.ops.short_convolution.triton_path import short_convolution_triton
 __all__ = ["flops", "short_convolution"]
 
 MAX_KERNEL_WIDTH = 8  # taps of the Triton kernels with an activation, which unroll W^2 terms
-MAX_LOOPED_WIDTH = 256  # taps of those without, which loop over them
+MAX_LOOPED_WIDTH = 256  # taps of those without: products on tensor cores as far as they serve, else loops over taps
 
 
 def short_convolution(

@@ -37,10 +37,13 @@ def short_convolution_fwd(
 ) -> tuple[Tensor, Tensor]:
     """y [B,T,D] and the final state [S,D,W-1] (S = B without cu_seqlens), contiguous, in the dtype of x."""
     from zoo.ops.kernels.devices import on_device
+    from zoo.ops.short_convolution.kernels.banded_launch import banded_forward, banded_serves
     from zoo.ops.short_convolution.kernels.forward import convolution_forward
     from zoo.ops.short_convolution.kernels.looped import looped_forward
 
     with on_device(x):
+        if banded_serves(x, weight.shape[1]):
+            return banded_forward(x, weight, bias, initial_state, cu_seqlens)
         if weight.shape[1] > UNROLLED:
             return looped_forward(x, weight, bias, initial_state, cu_seqlens)
         return convolution_forward(x, weight, bias, initial_state, cu_seqlens, silu)
@@ -76,9 +79,12 @@ def short_convolution_bwd(
     """
     from zoo.ops.kernels.devices import on_device
     from zoo.ops.short_convolution.kernels.backward import convolution_backward
+    from zoo.ops.short_convolution.kernels.banded_launch import banded_backward, banded_serves
     from zoo.ops.short_convolution.kernels.looped import looped_backward
 
     with on_device(x):
+        if banded_serves(x, weight.shape[1]):
+            return banded_backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens)
         if weight.shape[1] > UNROLLED:
             return looped_backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens)
         return convolution_backward(dy, dfinal, x, weight, bias, initial_state, cu_seqlens, silu)

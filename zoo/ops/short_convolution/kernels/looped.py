@@ -1,5 +1,7 @@
 """Short convolution of many taps, without activation: loops over taps instead of unrolling them.
 
+Serves what `banded` does not: float32, widths beyond its tiles, and channels that do not fill sectors.
+
 The taps of a channel meet shifted copies of one tile, which stay in the cache. Sums over tokens are kept per program
 and added up afterwards, so that every run gives the same bits.
 """
@@ -135,6 +137,37 @@ def _looped_dstate(
     tl.store(dstate_ptr + at + c[None, :], dstate.to(dstate_ptr.dtype.element_ty), mask=kept)
 
 
+def final_state(x: Tensor, state: Tensor | None, width: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The last W-1 inputs of every sequence, [S,D,W-1]; x with stride 1 along D, state [S,D,W-1] contiguous."""
+    batch, tokens, channels = x.shape
+    ends = x if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    final = torch.empty((sequences, channels, width - 1), dtype=x.dtype, device=x.device)
+    _final_state[(sequences, cdiv(channels, STATE_BLOCK_D))](
+        x, x if state is None else state, final, ends, tokens, channels, x.stride(0), x.stride(1),
+        W=width, HAS_STATE=state is not None, PACKED=cu_seqlens is not None,
+        BLOCK_D=STATE_BLOCK_D, BLOCK_W=max(2, next_power_of_2(width - 1)), num_warps=4,
+    )  # fmt: skip
+    return final
+
+
+def initial_state_gradient(
+    dy: Tensor, dfinal: Tensor | None, weight: Tensor, initial_state: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Gradient of the initial state, in its shape and dtype; dy with stride 1 along D, weight contiguous."""
+    tokens, channels = dy.shape[1:]
+    width = weight.shape[1]
+    ends = dy if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=dy.device)
+    _looped_dstate[(initial_state.shape[0], cdiv(channels, STATE_BLOCK_D))](
+        dy, dy if dfinal is None else dfinal.contiguous(), weight, dinitial, ends,
+        tokens, channels, dy.stride(0), dy.stride(1),
+        W=width, HAS_FINAL=dfinal is not None, PACKED=cu_seqlens is not None,
+        BLOCK_D=STATE_BLOCK_D, BLOCK_W=max(2, next_power_of_2(width - 1)), num_warps=4,
+    )  # fmt: skip
+    return dinitial
+
+
 def looped_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -144,9 +177,7 @@ def looped_forward(
     x, taps = rows_contiguous(x), weight.t().contiguous()
     state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
     sequence, ends = (x, x) if cu_seqlens is None else sequence_of_tokens(cu_seqlens, tokens)
-    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     y = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-    final = torch.empty((sequences, channels, width - 1), dtype=x.dtype, device=x.device)
     flags = {"W": width, "HAS_STATE": state is not None, "PACKED": cu_seqlens is not None}
     held = x if state is None else state
     bias = None if bias is None else bias.contiguous()
@@ -155,11 +186,7 @@ def looped_forward(
         tokens, channels, x.stride(0), x.stride(1),
         HAS_BIAS=bias is not None, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, **flags, num_warps=4,
     )  # fmt: skip
-    _final_state[(sequences, cdiv(channels, STATE_BLOCK_D))](
-        x, held, final, ends, tokens, channels, x.stride(0), x.stride(1),
-        BLOCK_D=STATE_BLOCK_D, BLOCK_W=max(2, next_power_of_2(width - 1)), **flags, num_warps=4,
-    )  # fmt: skip
-    return y, final
+    return y, final_state(x, state, width, cu_seqlens)
 
 
 def looped_backward(
@@ -201,10 +228,4 @@ def looped_backward(
         dbias = torch.empty(bias.shape, dtype=bias.dtype, device=x.device).copy_(sums[width])
     if initial_state is None:
         return dx, dweight, dbias, x.new_empty(0)
-    dinitial = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=x.device)
-    _looped_dstate[(initial_state.shape[0], cdiv(channels, STATE_BLOCK_D))](
-        dy, late, weight, dinitial, ends, tokens, channels, *dy_steps,
-        W=width, HAS_FINAL=dfinal is not None, PACKED=packed,
-        BLOCK_D=STATE_BLOCK_D, BLOCK_W=max(2, next_power_of_2(width - 1)), num_warps=4,
-    )  # fmt: skip
-    return dx, dweight, dbias, dinitial
+    return dx, dweight, dbias, initial_state_gradient(dy, dfinal, weight, initial_state, cu_seqlens)
