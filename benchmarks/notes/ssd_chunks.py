@@ -1,4 +1,4 @@
-"""Checks and times the SSD kernels that work from states at chunk borders, variant by variant, in one run (GPU).
+"""Checks and times the SSD kernels: states at chunk borders, and walks along segments, in one run (GPU).
 
 python benchmarks/notes/ssd_chunks.py    prints a line per variant and writes $OUT/ssd_chunks.json
 """
@@ -18,8 +18,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "specs"), str(ROOT / "plugins")]
 
 import torch  # noqa: E402
 
-ROWS = {"B8 T4096": (8, 4096, 128), "B1 T65536": (1, 65536, 128), "B8 T4096 N64": (8, 4096, 64)}
-WIDE = {"B8 T4096 N256": (8, 4096, 256, 64, 64), "B8 T4096 H32 P128": (8, 4096, 128, 32, 128)}
+ROWS = {
+    "B8 T4096": (8, 4096, 128), "B2 T16384": (2, 16384, 128), "B1 T65536": (1, 65536, 128),
+    "B8 T4096 N256": (8, 4096, 256),
+}  # fmt: skip
+OTHERS = {
+    "B8 T4096 N64": (8, 4096, 64), "B8 T4096 H32 P128": (8, 4096, 128, 32, 128), "B5 T8192": (5, 8192, 128),
+    "B1 T1000000 H16": (1, 1000000, 128, 16), "B1 T65536 N16": (1, 65536, 16),
+}  # fmt: skip
+SLOW = -9.0  # added to the bias of time steps: nothing decays, and the pieces of all segments are read
 LIMITS = (0.0, math.inf)
 WORST = 0.01  # relative RMS error of any result; bfloat16 rounds to 0.002
 PATIENCE = 40.0  # seconds for all processes that compile side by side
@@ -27,16 +34,21 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "bias")
 
 
 def variants():
-    """Kind and settings, after the defaults: the most promising first."""
-    pairs = {"BLOCK_I": 64, "BLOCK_J": 64, "HEADS": 64, "num_warps": 4, "num_stages": 3}
-    yield "PAIRS", pairs | {"num_warps": 8}
-    yield "PAIRS", pairs | {"BLOCK_J": 32}
-    yield "PAIRS", pairs | {"num_stages": 4}
-    yield "PAIRS", pairs | {"HEADS": 32}
-    for n, p, warps, stages in ((128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 4), (64, 32, 4, 2)):
-        yield "SWEEP", {"BLOCK_N": n, "BLOCK_P": p, "num_warps": warps, "num_stages": stages}
-    yield "KEYS", {"HEADS": 64, "num_warps": 8, "num_stages": 4}
-    yield "VALUES", {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 4}
+    """Kind and settings, after the defaults: the most promising first. SEGMENTS: a number for every row."""
+    keys = {"BLOCK_N": 128, "HEADS": 64, "TRACE": 1, "num_warps": 8, "num_stages": 3}
+    rows = {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 3}
+    piece = {"tokens": 2048, "tile": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
+    yield "KEYS", keys
+    yield "SEGMENTS", {"segments": 4}
+    yield "SEGMENTS", {"segments": 8}
+    yield "MARCH", {"taken": (128,)}
+    yield "PIECE", piece | {"tokens": 1024}
+    yield "PIECE", piece | {"tokens": 4096, "tile": 128, "num_stages": 2}
+    yield "PIECE", piece | {"BLOCK_N": 64, "num_stages": 4}
+    yield "WIDE", rows | {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 2}
+    yield "VALUES", rows | {"num_stages": 2}
+    yield "KEYS", keys | {"num_stages": 2}
+    yield "KEYS", keys | {"BLOCK_N": 64}
 
 
 def draw(batch, tokens, modes, heads=64, channels=64):
@@ -52,13 +64,16 @@ def draw(batch, tokens, modes, heads=64, channels=64):
 
 
 def whole(v):
-    """Calls of the forward and the backward."""
-    from zoo.ops.ssd.kernels import walk, wide
+    """Calls of the forward and the backward. chosen: what the operator takes."""
+    from zoo.ops.ssd.kernels import segments, walk, wide
+    from zoo.ops.ssd.triton_path import forward_of
 
     common = (v["x"], v["dt"], v["A"], v["B"], v["C"], v["D"], v["bias"], True, LIMITS, None, None)
     return {
         "WALK": lambda: walk.forward(*common),
+        "SEGMENTS": lambda: segments.forward(*common),
         "forward": lambda: wide.forward(*common),
+        "chosen": lambda: forward_of(*common[:8], *LIMITS, *common[9:]),
         "backward": lambda: wide.backward(v["dy"], None, *common),
     }
 
@@ -66,7 +81,7 @@ def whole(v):
 def pieces(v):
     """Calls of each kernel by the name of its settings, and of the whole. States and pairs are zeros: times only."""
     from zoo.ops.semiseparable.kernels.chunks import chunks_of, decay_sums
-    from zoo.ops.ssd.kernels import launch
+    from zoo.ops.ssd.kernels import launch, segments
 
     x, dy, B, C, D = (v[name] for name in ("x", "dy", "B", "C", "D"))
     heads, channels, modes = *x.shape[2:], B.shape[3]
@@ -79,19 +94,25 @@ def pieces(v):
         torch.zeros(launch.CHUNK // launch.PAIRS[block], heads, chunks.count, launch.CHUNK, device=x.device)
         for block in ("BLOCK_J", "BLOCK_I")
     )
-    flow = torch.zeros(heads, chunks.count, device=x.device)
+    planes = modes // min(launch.KEYS["BLOCK_N"], modes)
+    read, flow = (torch.zeros(planes, *kind, device=x.device) for kind in (row.shape[1:], row.shape[1:3]))
     walks = chunks.sequences * heads
+    wide = modes > 128
+    short = chunks_of(x, None, 64)
+    fine = decay_sums(short, v["dt"], v["A"], v["bias"], True, LIMITS)
+    count = max(2, segments.segments_for(walks, x.shape[1]))
     return {
+        "PIECE": lambda: segments.states(short, x, B, *fine, None, None, count, segments.PIECE),
         "DECAYS": lambda: launch.decays(
-            chunks, v["dt"], v["A"], v["bias"], True, LIMITS, row, col, col[0], row[0], row[0], flow
+            chunks, v["dt"], v["A"], v["bias"], True, LIMITS, row, col, read, read, row[0], flow
         ),
         "SUMS": lambda: decay_sums(chunks, v["dt"], v["A"], v["bias"], True, LIMITS, finite=True),
         "SWEEP": lambda: launch.sweep(chunks, x, dy, B, C, s, r, None, None, launch.sweep_blocks(2 * walks)),
         "SWEEP ahead": lambda: launch.sweep(chunks, x, None, B, C, s, r, None, None, launch.sweep_blocks(walks)),
-        "VALUES": lambda: launch.values(chunks, dy, B, C, s, r, R, D, launch.VALUES),
+        "VALUES": lambda: launch.values(chunks, dy, B, C, s, r, R, D, launch.WIDE if wide else launch.VALUES),
         "PAIRS": lambda: launch.pairs(chunks, x, dy, B, C, s, r, True, launch.PAIRS),
         "KEYS": lambda: launch.keys(chunks, x, dy, B, C, s, r, S, R, K, launch.KEYS),
-        "OUTPUTS": lambda: launch.outputs(chunks, x, B, C, s, r, S, D, launch.OUTPUTS),
+        "OUTPUTS": lambda: launch.outputs(chunks, x, B, C, s, r, S, D, launch.WIDE if wide else launch.OUTPUTS),
         **whole(v),
     }
 
@@ -107,15 +128,29 @@ def exact(v):
     return {"y": y.detach(), **dict(zip(NAMES, grads, strict=True))}
 
 
-def verdict(v, truth):
-    """The largest relative RMS error of the outputs and all gradients, in words."""
-    run = whole(v)
-    got = dict(zip(NAMES, run["backward"](), strict=False)) | {"y": run["forward"]()[0]}
-    found = {
-        n: float((got[n].double() - e).square().mean().sqrt() / e.square().mean().sqrt()) for n, e in truth.items()
-    }
-    worst = max(found, key=lambda n: math.inf if math.isnan(found[n]) else found[n])
-    return f"{'right' if found[worst] < WORST else 'WRONG'} ({worst} {found[worst]:.1e})", found
+def verdict(v, truth, only=""):
+    """The largest relative RMS error of the outputs and all gradients, in words; and whether two runs are the same.
+
+    only: how the names of those that count begin.
+    """
+    from zoo.ops.ssd.kernels import segments
+
+    run, shortest = whole(v), segments.SHORTEST
+    segments.SHORTEST = 64  # so that few tokens are cut too
+    got, again = (
+        dict(zip(NAMES, run["backward"](), strict=False))
+        | {f"y {way}": run[way]()[0] for way in ("forward", "SEGMENTS", "chosen")}
+        for _ in range(2)
+    )
+    segments.SHORTEST = shortest
+    found = {}
+    for n, g in got.items():
+        e = truth[n[:1] if n.startswith("y") else n]
+        found[n] = float((g.double() - e).square().mean().sqrt() / e.square().mean().sqrt())
+    worst = max([n for n in found if n.startswith(only)], key=lambda n: math.inf if math.isnan(found[n]) else found[n])
+    same = all(torch.equal(got[n], again[n]) for n in got)
+    words = "right" if found[worst] < WORST else "WRONG"
+    return f"{words} ({worst} {found[worst]:.1e}){'' if same else ' UNSTEADY'}", found
 
 
 def ms(run):
@@ -125,23 +160,39 @@ def ms(run):
 
 
 def use(kind, options):
-    from zoo.ops.ssd.kernels import launch
+    """Take these settings; returns what takes the old ones back."""
+    from zoo.ops.ssd.kernels import launch, march_launch, segments
 
-    setattr(launch, kind, (options,) if kind == "SWEEP" else options)
+    if kind == "SEGMENTS":
+        home, name, new = segments, "segments_for", lambda walks, tokens: options["segments"]
+    elif kind == "MARCH":
+        home, name, new = march_launch, "TAKEN", options["taken"]
+    else:
+        home, name, new = (segments if kind == "PIECE" else launch), kind, options
+    old = getattr(home, name)
+    setattr(home, name, new)
+    return lambda: setattr(home, name, old)
+
+
+def asked(kind, run):
+    """Names of the calls that a kind of settings changes."""
+    names = {"WIDE": ("VALUES", "OUTPUTS"), "PIECE": ("PIECE", "SEGMENTS"), "MARCH": ("WALK", "SEGMENTS")}
+    return [name for name in names.get(kind, (kind,)) if name in run]
 
 
 def compile_part(place):
     """What child `place` compiles: one row with the defaults, shortened, or one variant."""
+    from zoo.ops.ssd.kernels import segments
+
+    segments.SHORTEST = 64
     if place < len(ROWS):
         batch, _, modes = [*ROWS.values()][place]
         calls = list(pieces(draw(batch, 256, modes)).values())
     else:
         kind, options = list(variants())[place - len(ROWS)]
         use(kind, options)
-        calls = []
-        for modes in (128, 64):
-            run = pieces(draw(1, 2048, modes))
-            calls += [run[kind], run["SWEEP ahead"]] if kind == "SWEEP" else [run[kind]]
+        run = [pieces(draw(1, 2048, modes)) for modes in ((256,) if kind == "WIDE" else (128, 256))]
+        calls = [part[name] for part in run for name in asked(kind, part)]
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -160,39 +211,44 @@ def warm():
 
 
 def main():
-    from zoo.ops.ssd.kernels import launch
-
     if sys.argv[1:2] == ["--warm"]:
         return compile_part(int(sys.argv[2]))
     warm()
-    small = draw(1, 1000, 128)
-    truth = exact(small)
+    smalls = {modes: draw(1, 1000, modes) for modes in (128, 256)}
+    slow = {**smalls[128], "bias": smalls[128]["bias"] + SLOW}
+    truths = {modes: exact(small) for modes, small in smalls.items()}
     out = []
-    print("defaults", verdict(small, truth)[0], flush=True)
+    for modes, small in smalls.items():
+        print("defaults N", modes, verdict(small, truths[modes])[0], flush=True)
+    print("slow", verdict(slow, exact(slow), "y")[0], flush=True)
     rows = {name: pieces(draw(*sizes)) for name, sizes in ROWS.items()}
     for name, run in rows.items():
         times = {kind: ms(call) for kind, call in run.items()}
         out.append({"row": name, "ms": times})
         print(name, times, flush=True)
+    for name in ("B2 T16384", "B1 T65536"):
+        v = draw(*ROWS[name])
+        run = whole(v | {"bias": v["bias"] + SLOW})
+        out.append({"row": name + " slow", "ms": {"SEGMENTS": ms(run["SEGMENTS"]), "forward": ms(run["forward"])}})
+        print(out[-1], flush=True)
     for kind, options in variants():
-        base = getattr(launch, kind)
-        use(kind, options)
+        back = use(kind, options)
         try:
-            words, bad = verdict(small, truth)
-            asked = (kind, "SWEEP ahead") if kind == "SWEEP" else (kind,)
-            times = {name: [ms(run[part]) for part in asked] for name, run in rows.items()}
+            modes = 256 if kind == "WIDE" else 128
+            words, bad = verdict(smalls[modes], truths[modes])
+            kept = {name: run for name, run in rows.items() if kind != "WIDE" or name.endswith("N256")}
+            times = {name: [ms(run[part]) for part in asked(kind, run)] for name, run in kept.items()}
             out.append({"kind": kind, "options": options, "errors": bad, "ms": times})
             print(kind, options, words, times, flush=True)
         except Exception as error:
             print(kind, options, str(error)[:150], flush=True)
-        setattr(launch, kind, base)
+        back()
     del rows
-    for name, sizes in WIDE.items():
-        little = draw(1, 500, *sizes[2:])
-        words, bad = verdict(little, exact(little))
-        times = {kind: ms(call) for kind, call in whole(draw(*sizes)).items()}
-        out.append({"row": name, "errors": bad, "ms": times})
-        print(name, words, times, flush=True)
+    for name, sizes in OTHERS.items():
+        run = whole(draw(*sizes))
+        times = {kind: ms(call) for kind, call in run.items() if kind != "WALK" or sizes[1] < 100000}
+        out.append({"row": name, "ms": times})
+        print(name, times, flush=True)
     Path(os.environ.get("OUT", ".")).joinpath("ssd_chunks.json").write_text(json.dumps(out))
 
 

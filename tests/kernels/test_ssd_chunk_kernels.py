@@ -37,6 +37,17 @@ def test_sums_over_parts_of_a_group_are_within_budget(
     check_ssd(ssd_inputs(device, 70, torch.bfloat16, heads=4, groups=groups))
 
 
+@pytest.mark.parametrize("trace", [0, 1])
+@pytest.mark.parametrize("block_n", [32, 16])
+def test_sums_over_parts_of_the_modes_are_within_budget(
+    device: str, trace: int, block_n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zoo.ops.ssd.kernels import launch
+
+    monkeypatch.setattr(launch, "KEYS", launch.KEYS | {"BLOCK_N": block_n, "TRACE": trace})
+    check_ssd(ssd_inputs(device, 150, torch.bfloat16, heads=2, groups=1, width=32))
+
+
 @pytest.mark.parametrize("block_j", [32, 16])
 def test_narrower_tiles_of_a_chunk_are_within_budget(
     device: str, block_j: int, monkeypatch: pytest.MonkeyPatch
@@ -81,7 +92,8 @@ def test_views_of_a_wider_projection_are_served_without_a_copy_of_their_values(d
 
 @ON_GPU
 @pytest.mark.parametrize(
-    ("width", "channels"), [(16, 64), (32, 32), (64, 128), (128, 64), (128, 128), (128, 16), (64, 64)]
+    ("width", "channels"),
+    [(16, 64), (32, 32), (64, 128), (128, 64), (128, 128), (128, 16), (64, 64), (256, 64), (256, 128)],
 )
 def test_every_width_is_within_budget_on_a_gpu(width: int, channels: int) -> None:
     given = ssd_inputs("cuda", 700, torch.bfloat16, batch=2, heads=64, groups=2, width=width, channels=channels)
@@ -102,7 +114,8 @@ def test_few_long_packed_sequences_are_within_budget_on_a_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("tokens", "heads", "width", "channels"), [(1000, 64, 128, 64), (4096, 32, 64, 64), (20, 2, 128, 16)]
+    ("tokens", "heads", "width", "channels"),
+    [(1000, 64, 128, 64), (4096, 32, 64, 64), (20, 2, 128, 16), (1000, 32, 256, 64)],
 )
 def test_every_run_gives_the_same_bits_on_a_gpu(
     device: str, tokens: int, heads: int, width: int, channels: int

@@ -14,7 +14,7 @@ from zoo.ops.semiseparable.cost import backward_flops, flops
 from zoo.ops.semiseparable.triton_path import HALF, missing_widths, semiseparable_triton
 from zoo.ops.ssd.scan import add_skip, discretise
 
-FEWEST_WALKS = 100  # programs, one for each head of each sequence; with fewer, chunks side by side are faster
+WALKED = 128  # widest states of walks; those of wider ones lie in parts, and chunks side by side are faster
 
 
 def ssd_triton(
@@ -64,14 +64,13 @@ def forward_of(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results of the custom operator: by walks, or by chunks side by side where walks are too few."""
-    from zoo.ops.ssd.kernels import walk, wide
+    """Arguments and results of the custom operator: by walks, or by chunks side by side where a walk is too wide."""
+    from zoo.ops.ssd.kernels import march_launch, segments, wide
 
     A, D, dt_bias, initial_state = A.float().contiguous(), _float(D), _float(dt_bias), _float(initial_state)
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if sequences * x.shape[2] < FEWEST_WALKS and wide.serves(x, B):
-        return wide.forward(x, dt, A, B, C, D, dt_bias, dt_softplus, (low, high), initial_state, cu_seqlens)
-    return walk.forward(x, dt, A, B, C, D, dt_bias, dt_softplus, (low, high), initial_state, cu_seqlens)
+    apart = B.shape[3] > WALKED and not march_launch.serves(x, B) and wide.serves(x, B)
+    run = wide.forward if apart else segments.forward
+    return run(x, dt, A, B, C, D, dt_bias, dt_softplus, (low, high), initial_state, cu_seqlens)
 
 
 @torch.library.custom_op("zoo::ssd", mutates_args=())

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-WIDTHS, P_MOST, N_MOST = (16, 32, 64, 128), 64, 128  # P and N of one launch, and what wider ones are cut into
+P_MOST = 64  # channels that wider heads are cut into
+N_MOST = 128  # modes of one program
+CHANNELS, MODES = (16, 32, 64, 128), (16, 32, 64, N_MOST, 2 * N_MOST)
+
+
+def fits(channels: int, modes: int) -> bool:
+    """Whether programs hold the tiles of whole heads."""
+    return channels in CHANNELS and channels * min(modes, N_MOST) <= P_MOST * N_MOST
 
 
 def served(channels: int, modes: int, heads: int, groups: int) -> bool:
     """Whether heads of P channels and N modes are served. heads, groups: H and G."""
     if heads // groups % 2 == 1 and channels < 32 < modes:
         return False  # a program works on one head then, and its y was wrong on an H100 (Triton 3.6)
-    return (channels in WIDTHS or channels % P_MOST == 0) and (modes in WIDTHS or modes % N_MOST == 0)
+    return (channels in CHANNELS or channels % P_MOST == 0) and modes in MODES

@@ -17,7 +17,8 @@ def decays_kernel(
     dt_ptr, bias_ptr, A_ptr, row_ptr, col_ptr, kept_ptr, read_ptr, skip_ptr, flow_ptr, ddt_ptr, sums_ptr, table_ptr,
     T, PER_SEQUENCE, COUNT, stride, low, high,
     H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr,
-    Q: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_H: tl.constexpr, PACKED: tl.constexpr,
+    Q: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, PLANES: tl.constexpr, BLOCK_H: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """One chunk of BLOCK_H heads: ddt [B,T,H] of the raw dt; sums [3,count,H]: of dA, of d dt_bias, of dD.
 
@@ -47,10 +48,16 @@ def decays_kernel(
         col += tl.load(col_ptr + down * plane + at, mask=wanted & above[:, None], other=0.0)
     row += tl.load(read_ptr + at, mask=wanted, other=0.0)
     kept = tl.load(kept_ptr + at, mask=wanted, other=0.0)
+    places = h.to(tl.int64) * COUNT + chunk
+    flow = tl.load(flow_ptr + places, mask=h < H, other=0.0)
+    for part in tl.static_range(1, PLANES):
+        row += tl.load(read_ptr + part * plane + at, mask=wanted, other=0.0)
+        kept += tl.load(kept_ptr + part * plane + at, mask=wanted, other=0.0)
+        flow += tl.load(flow_ptr + part * (plane // Q) + places, mask=h < H, other=0.0)
     dstep = col / tl.maximum(step, LEAST_STEP, propagate_nan=tl.PropagateNan.ALL) + kept
     kept = tl.where(wanted, kept * step, 0.0)
     change = tl.cumsum(row - col, axis=0, reverse=True) + (tl.cumsum(kept, axis=0) - kept)
-    change += tl.load(flow_ptr + h.to(tl.int64) * COUNT + chunk, mask=h < H, other=0.0)[None, :]
+    change += flow[None, :]
     felt = wanted & (step * rate[None, :] * LOG2E > LEAST)
     change = tl.where(felt, change, 0.0)
     dstep += change * rate[None, :]
@@ -72,7 +79,10 @@ def decays(
     chunks: Chunks, dt: Tensor, A: Tensor, bias: Tensor | None, has_softplus: bool, limits: tuple[float, float],
     row: Tensor, col: Tensor, kept: Tensor, read: Tensor, skip: Tensor | None, flow: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """ddt [B,T,H] in the dtype of dt; dA, and with a bias its gradient, and with a skip dD, float32 [H]."""
+    """ddt [B,T,H] in the dtype of dt; dA, and with a bias its gradient, and with a skip dD, float32 [H].
+
+    Sums as `pairs` and `keys` leave them; the planes of kept, read [planes,H,count,Q] and flow [planes,H,count] add up.
+    """
     heads = dt.shape[2]
     ddt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
     sums = torch.empty(3, chunks.count, heads, dtype=torch.float32, device=dt.device)
@@ -83,7 +93,7 @@ def decays(
         chunks.table, chunks.tokens, chunks.per_sequence, chunks.count, stride, *limits,
         H=heads, HAS_BIAS=bias is not None, HAS_SOFTPLUS=has_softplus, HAS_D=skip is not None,
         Q=chunks.size, BLOCK_I=chunks.size // col.shape[0], BLOCK_J=chunks.size // row.shape[0],
-        BLOCK_H=block, PACKED=chunks.packed, num_warps=4,
+        PLANES=read.shape[0], BLOCK_H=block, PACKED=chunks.packed, num_warps=4,
     )  # fmt: skip
     dbias, dD = (None if part is None else sums[i].sum(0) for part, i in ((bias, 1), (skip, 2)))
     return ddt, sums[0].sum(0), dbias, dD

@@ -11,6 +11,7 @@ from zoo.ops.ssd.kernels.keys import keys
 from zoo.ops.ssd.kernels.pairs import pairs
 from zoo.ops.ssd.kernels.rows import outputs, values
 from zoo.ops.ssd.kernels.sweep import sweep
+from zoo.ops.ssd.widths import N_MOST
 
 CHUNK = 128
 # States: whole ones where there are programs enough, else rows of them; the last where nothing is enough.
@@ -21,8 +22,9 @@ SWEEP = (
 FEWEST_SWEEPS = 200  # programs of a launch: less than two for each multiprocessor leaves memory idle
 OUTPUTS = {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 3}
 VALUES = {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 3}
+WIDE = {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 2}  # outputs and values of more than 128 modes
 PAIRS = {"BLOCK_I": 64, "BLOCK_J": 64, "HEADS": 64, "num_warps": 4, "num_stages": 3}
-KEYS = {"HEADS": 64, "num_warps": 8, "num_stages": 3}
+KEYS = {"BLOCK_N": 128, "HEADS": 64, "TRACE": 1, "num_warps": 8, "num_stages": 3}
 
 
 def sweep_blocks(programs: int) -> dict[str, int]:
@@ -39,13 +41,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [B,T,H,P] and the final state [S,H,P,N], float32. A, D, dt_bias: float32 [H]; start: float32 [S,H,P,N].
 
-    N and P: 16, 32, 64 or 128, and N P at most 128 64; for others see `wide`.
+    N and P: 16, 32, 64 or 128, and N P at most 128 64; or N 256 and P at most 64. For others see `wide`.
     """
     chunks = chunks_of(x, cu_seqlens, CHUNK)
     with on_device(x):
         s, r = decay_sums(chunks, dt, A, dt_bias, has_softplus, limits)
         S, _, final, _ = sweep(chunks, x, None, B, C, s, r, start, None, sweep_blocks(chunks.sequences * x.shape[2]))
-        return outputs(chunks, x, B, C, s, r, S, D, OUTPUTS), final
+        return outputs(chunks, x, B, C, s, r, S, D, WIDE if B.shape[3] > N_MOST else OUTPUTS), final
 
 
 def backward(
@@ -68,7 +70,7 @@ def backward(
         K, row, col, skip = pairs(chunks, x, dy, B, C, s, r, D is not None, PAIRS)
         dB, dC, read, kept, flow = keys(chunks, x, dy, B, C, s, r, S, R, K, KEYS)
         del S, K  # before dx takes as much
-        dx = values(chunks, dy, B, C, s, r, R, D, VALUES, dx)
+        dx = values(chunks, dy, B, C, s, r, R, D, WIDE if B.shape[3] > N_MOST else VALUES, dx)
         del R
         ddt, dA, dbias, dD = decays(
             chunks, dt, A, dt_bias, has_softplus, limits, row, col, kept, read, None if D is None else skip, flow

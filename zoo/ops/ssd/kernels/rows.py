@@ -1,4 +1,9 @@
-"""Outputs, or gradients of the values, of all tokens of a chunk at once from the states at its borders."""
+"""Outputs, or gradients of the values, of all tokens of a chunk at once from the states at its borders.
+
+In both kernels the product with the state of the next head runs while the weights of this one are made. Triton lets it,
+because it is last in the loop and its result is not touched before the other product has been waited for; which is why
+that stands inside an fma (a sum would become the accumulator of the other product).
+"""
 
 from __future__ import annotations
 
@@ -37,18 +42,23 @@ def outputs_kernel(
     scores = tl.where(i[:, None] >= j[None, :], dot(C, tl.trans(B)), 0.0)
     n = tl.arange(0, N)
     p = tl.arange(0, P)
+    before = dot(C, tl.load(S_ptr + ((chunk.to(tl.int64) * H + h0) * N + n[:, None]) * P + p[None, :]))
+    reach = tl.load(s_ptr + (h0.to(tl.int64) * COUNT + chunk) * Q + i)
     for k in range(0, HEADS):
         h = h0 + k
+        later = tl.minimum(h + 1, H - 1)
         x = tile(x_ptr, first, live, x_stride, h * P, j, P)
-        S = tl.load(S_ptr + ((chunk.to(tl.int64) * H + h) * N + n[:, None]) * P + p[None, :])
+        S = tl.load(S_ptr + ((chunk.to(tl.int64) * H + later) * N + n[:, None]) * P + p[None, :])
+        s_later = tl.load(s_ptr + (later.to(tl.int64) * COUNT + chunk) * Q + i)
         sums = (h.to(tl.int64) * COUNT + chunk) * Q
         s = tl.load(s_ptr + sums + i)
         r = tl.load(r_ptr + sums + j)
-        y = dot(C, S) * tl.exp2(s)[:, None]
         w = tl.exp2(tl.minimum(s[:, None] - r[None, :], MOST)) * scores
         if HAS_D:  # the skip rides on the diagonal
             w += tl.where(i[:, None] == j[None, :], tl.load(D_ptr + h), 0.0)
-        y = dot(w.to(x.dtype), x, y)
+        y = tl.fma(before, tl.broadcast_to(tl.exp2(reach)[:, None], [BLOCK_Q, P]), dot(w.to(x.dtype), x))
+        reach = s_later
+        before = dot(C, S)
         at = ((first + i[:, None]) * H + h) * P + p[None, :]
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(i < live)[:, None])
 
@@ -75,19 +85,26 @@ def values_kernel(
     scores = tl.where(j[:, None] <= i[None, :], dot(B, tl.trans(C)), 0.0)
     n = tl.arange(0, N)
     p = tl.arange(0, P)
+    behind = dot(B, tl.load(R_ptr + ((chunk.to(tl.int64) * H + h0) * N + n[:, None]) * P + p[None, :]))
+    sums = (h0.to(tl.int64) * COUNT + chunk) * Q
+    reach = tl.load(s_ptr + sums + Q - 1) - tl.load(r_ptr + sums + j)
     for k in range(0, HEADS):
         h = h0 + k
+        later = tl.minimum(h + 1, H - 1)
         dy = tile(dy_ptr, first, live, dy_stride, h * P, i, P)
-        R = tl.load(R_ptr + ((chunk.to(tl.int64) * H + h) * N + n[:, None]) * P + p[None, :])
+        R = tl.load(R_ptr + ((chunk.to(tl.int64) * H + later) * N + n[:, None]) * P + p[None, :])
+        sums = (later.to(tl.int64) * COUNT + chunk) * Q
+        r_later = tl.load(r_ptr + sums + j)
+        last_later = tl.load(s_ptr + sums + Q - 1)
         sums = (h.to(tl.int64) * COUNT + chunk) * Q
         r = tl.load(r_ptr + sums + j)
         s = tl.load(s_ptr + sums + i)
-        last = tl.load(s_ptr + sums + Q - 1)
-        dx = dot(B, R) * tl.exp2(last - r)[:, None]
         w = tl.exp2(tl.minimum(s[None, :] - r[:, None], MOST)) * scores
         if HAS_D:  # the skip rides on the diagonal
             w += tl.where(j[:, None] == i[None, :], tl.load(D_ptr + h), 0.0)
-        dx = dot(w.to(dy.dtype), dy, dx)
+        dx = tl.fma(behind, tl.broadcast_to(tl.exp2(reach)[:, None], [BLOCK_Q, P]), dot(w.to(dy.dtype), dy))
+        reach = last_later - r_later
+        behind = dot(B, R)
         at = (first + j[:, None]) * dx_stride + h * P + p[None, :]
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=(j < live)[:, None])
 

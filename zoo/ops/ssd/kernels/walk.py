@@ -9,6 +9,7 @@ from zoo.ops.kernels.devices import on_device
 from zoo.ops.semiseparable.kernels.chunks import chunks_of, decay_sums
 from zoo.ops.semiseparable.kernels.launch import flat
 from zoo.ops.semiseparable.kernels.walk_launch import Decays, State, blocks_for, walk
+from zoo.ops.ssd.kernels import march_launch
 
 
 def forward(
@@ -19,6 +20,15 @@ def forward(
 
     x, B and C are of one half precision dtype, N is a multiple of 16, time steps are not negative.
     """
+    run = march_launch.forward if march_launch.serves(x, B) else walked
+    return run(x, dt, A, B, C, D, dt_bias, has_softplus, limits, start, cu_seqlens)
+
+
+def walked(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    has_softplus: bool, limits: tuple[float, float], start: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`forward` by the walk that linear attention shares."""
     x, B, C = flat(x), flat(B), flat(C)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     chunks = chunks_of(x, cu_seqlens, blocks_for(x.dtype, B.shape[3]).chunk)

@@ -1,15 +1,14 @@
-"""SSD of any served width: wide heads as several heads of the same decays, wide states as a sum of narrower ones."""
+"""SSD of any served width: wide heads as several heads of the same decays."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from zoo.ops.ssd.kernels import launch
-from zoo.ops.ssd.widths import N_MOST, P_MOST, WIDTHS, served
+from zoo.ops.ssd.widths import P_MOST, fits, served
 
 
 def serves(x: Tensor, B: Tensor) -> bool:
@@ -56,16 +55,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [B,T,H,P] and the final state [S,H,P,N], float32. A, D, dt_bias: float32 [H]; start: float32 [S,H,P,N]."""
     cut = _cut(x, B)
-    x, dt, A, start = cut.values(x), cut.repeated(dt), cut.repeated(A), cut.states(start)
     D, dt_bias = (None if part is None else cut.repeated(part) for part in (D, dt_bias))
-    found = [
-        launch.forward(
-            x, dt, A, own_B, own_C, None if n else D, dt_bias, has_softplus, limits, _own(start, n), cu_seqlens
-        )
-        for n, (own_B, own_C) in enumerate(zip(B.split(N_MOST, 3), C.split(N_MOST, 3), strict=True))
-    ]
-    y, final = zip(*found, strict=True)
-    return cut.whole_values(_sum(y)), cut.whole_states(_joined(final))
+    y, final = launch.forward(
+        cut.values(x), cut.repeated(dt), cut.repeated(A), B, C, D, dt_bias, has_softplus, limits, cut.states(start),
+        cu_seqlens,
+    )  # fmt: skip
+    return cut.whole_values(y), cut.whole_states(final)
 
 
 def backward(
@@ -78,55 +73,18 @@ def backward(
     dx: where the gradient of x goes, [B,T,H,P] with one stride from token to token; None for a tensor of its own.
     """
     cut, dtype = _cut(x, B), dt.dtype
-    if cut.more > 1 or B.shape[3] > N_MOST:
+    if cut.more > 1:
         dt = dt.float()  # parts of its gradient are added in float32
-    x, dy, dt, A = cut.values(x), cut.values(dy), cut.repeated(dt), cut.repeated(A)
     D, dt_bias = (None if part is None else cut.repeated(part) for part in (D, dt_bias))
-    dfinal, start = cut.states(dfinal), cut.states(start)
-    several = B.shape[3] > N_MOST
-    found = [
-        launch.backward(
-            dy, _own(dfinal, n), x, dt, A, own_B, own_C, None if n else D, dt_bias, has_softplus, limits,
-            _own(start, n), cu_seqlens, None if dx is None or several else cut.values(dx),
-        )
-        for n, (own_B, own_C) in enumerate(zip(B.split(N_MOST, 3), C.split(N_MOST, 3), strict=True))
-    ]  # fmt: skip
-    parts, ddt, dA, dB, dC, dD, dbias, dstart = zip(*found, strict=True)
-    if dx is None:
-        dx = cut.whole_values(_sum(parts))
-    elif several:
-        dx.copy_(cut.whole_values(_sum(parts)))
-    return (
-        dx,
-        cut.summed(_sum(ddt)).to(dtype),
-        cut.summed(_sum(dA)),
-        _joined(dB),
-        _joined(dC),
-        None if D is None else cut.summed(dD[0]),
-        None if dt_bias is None else cut.summed(_sum(dbias)),
-        cut.whole_states(_joined(dstart)),
-    )
+    own, ddt, dA, dB, dC, dD, dbias, dstart = launch.backward(
+        cut.values(dy), cut.states(dfinal), cut.values(x), cut.repeated(dt), cut.repeated(A), B, C, D, dt_bias,
+        has_softplus, limits, cut.states(start), cu_seqlens, None if dx is None else cut.values(dx),
+    )  # fmt: skip
+    dD, dbias = (None if part is None else cut.summed(part) for part in (dD, dbias))
+    dx = cut.whole_values(own) if dx is None else dx
+    return dx, cut.summed(ddt).to(dtype), cut.summed(dA), dB, dC, dD, dbias, cut.whole_states(dstart)
 
 
 def _cut(x: Tensor, B: Tensor) -> _Cut:
     heads, channels = x.shape[2:]
-    fits = channels in WIDTHS and channels * min(B.shape[3], N_MOST) <= P_MOST * N_MOST
-    return _Cut(heads, channels, 1 if fits else channels // P_MOST)
-
-
-def _own(state: Tensor | None, n: int) -> Tensor | None:
-    if state is None or state.shape[3] <= N_MOST:
-        return state
-    return state[..., n * N_MOST : (n + 1) * N_MOST].contiguous()
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 3)
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    """Added in float32, in the dtype of the parts."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total.float() + part
-    return total.to(parts[0].dtype)
+    return _Cut(heads, channels, 1 if fits(channels, B.shape[3]) else channels // P_MOST)
