@@ -10,4 +10,5 @@ ends before a writer that would outgrow it by more than exp(LIMIT): no sum overf
 1e-20 of its row's largest, and no row depends on what comes after it.
 
 In bfloat16 the causal kernels of wide heads have a scale that moves seldom: `walk_read` and `walk_gradient`.
+Where the table of `walk_launch` says so, `walk_lean_read` and `walk_lean_gradient` serve heads of 128 channels.
 """

@@ -12,6 +12,7 @@ from zoo.ops.favor_attention.kernels.causal_gradient import causal_gradient_kern
 from zoo.ops.favor_attention.kernels.causal_read import causal_read_kernel
 from zoo.ops.favor_attention.kernels.rows import combine_kernel, delta_kernel
 from zoo.ops.favor_attention.kernels.walk_launch import gradient_walk, read_walk, serves, walk_of
+from zoo.ops.favor_attention.kernels.walk_lean_launch import lean_backward, lean_forward, lean_walk, serves_lean
 from zoo.ops.favor_attention.kernels.whole import whole_gradient_kernel, whole_read_kernel, whole_sum_kernel
 from zoo.ops.kernels.devices import on_device
 from zoo.ops.kernels.rows import cdiv, next_power_of_2
@@ -102,7 +103,10 @@ def forward(
     log_total = torch.empty(q.shape[:3], dtype=torch.float32, device=v.device)
     state = empty_like_state(call, v.device)
     with on_device(v):
-        if causal and serves(q.shape[3], v.shape[3], projection.shape[0], v.dtype):
+        if causal and serves_lean(q.shape[3], v.shape[3], projection.shape[0], v.dtype, relu, "forward"):
+            lean = lean_walk(k, projection, spans[0], spans[1], call.heads)
+            lean_forward(lean, q, k, v, contiguous(initial_state), state, y, log_total)
+        elif causal and serves(q.shape[3], v.shape[3], projection.shape[0], v.dtype):
             walk = walk_of(k, projection, spans[0], spans[1], call.heads, v.shape[3], relu, feature_eps)
             read_walk(walk, q, k, v, None, contiguous(initial_state), state, y, log_total)
         elif causal:
@@ -136,6 +140,12 @@ def backward(
     balanced = v.dtype == torch.float32 and not relu  # the slopes of ReLU features are no weights
     rows, channels, block_p = delta.numel(), v.shape[3], call.constants["BLOCK_P"]
     with on_device(v):
+        if causal and serves_lean(q.shape[3], channels, call.constants["M"], v.dtype, relu, "backward"):
+            lean = lean_walk(k, projection, spans[0], spans[1], call.heads)
+            parts = lean_backward(
+                lean, dy, y.contiguous(), dlog.contiguous(), log_total, q, k, v, initial, first, last
+            )  # fmt: skip
+            return gradients(parts, q, k, v, initial, last, relu)
         delta_kernel[(cdiv(rows, ROWS),)](
             dy, y.contiguous(), dlog.contiguous(), delta, rows, P=channels, ROWS=ROWS, BLOCK_P=block_p
         )
@@ -143,7 +153,7 @@ def backward(
             walk = walk_of(k, projection, spans[0], spans[1], call.heads, channels, relu, feature_eps)
             dq = gradient_walk(walk, q, k, dy, v, log_total, delta, initial, last, reverse=False)
             dk = gradient_walk(walk, k, q, v, dy, log_total, delta, first, last, reverse=True)
-            dv = by_group(read_walk(walk, k, q, dy, log_total, first, last, None, None), v)
+            dv = read_walk(walk, k, q, dy, log_total, first, last, None, None)
         elif causal:
             if balanced:
                 left = causal_gradient(call, q, k, dy, v, log_total, delta, initial, last, reverse=False, balance=True)
@@ -160,12 +170,20 @@ def backward(
             dk = whole_gradient(call, k, v, last, log_total, delta, reverse=True)
             dv = torch.empty((*v.shape[:2], call.heads, channels), dtype=v.dtype, device=v.device)
             whole_read(call, k, last, dv, log_total, reverse=True)
-            dv = by_group(dv, v)
+    return gradients((dq, dk, dv), q, k, v, initial, last, relu)
+
+
+def gradients(
+    parts: tuple[Tensor, Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, last: Tensor,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Those of q, k, v and the initial state, of `parts` for every query head and the sums over queries `last`."""
+    dq, dk, dv = parts
     dinitial = last.new_empty(0)
     if initial is not None:
         scale = last.new_ones(()) if relu else (initial[..., -1:] + last[..., -1:]).exp()
         dinitial = torch.cat([last[..., :-2] * scale, -last[..., -2:-1] * scale, torch.zeros_like(last[..., :1])], -1)
-    return dq.to(q.dtype), by_group(dk, k), dv, dinitial
+    return dq.to(q.dtype), by_group(dk, k), by_group(dv, v), dinitial
 
 
 def by_group(part: Tensor, like: Tensor) -> Tensor:

@@ -18,11 +18,23 @@ from zoo.ops.semiseparable.kernels.launch import strides
 ROWS = 32  # rows of a program of the row kernel
 # By kernel: tokens of a chunk, features of a program at most, chunks of a run, warps, stages. WEIGHTS: what <w, x'> is
 # made of: "split" (two bfloat16 parts of w), "half" (w and x in float16), "single" (w rounded to bfloat16).
+# SHARE: programs of a multiprocessor. AHEAD: ask for the next chunk. PLAIN: fewer tensor-core products.
+# forward, backward: "lean" for `walk_lean` where it serves, "walk".
 TABLE: dict[str, Any] = {
     "read": {"CHUNK": 64, "BLOCK_M": 128, "RUN": 32, "num_warps": 4, "num_stages": 1},
     "gradient": {"CHUNK": 64, "BLOCK_M": 64, "RUN": 32, "num_warps": 4, "num_stages": 1},
+    "lean_read": {
+        "CHUNK": 128, "BLOCK_M": 128, "SHARE": 1, "RUN": 32, "AHEAD": True, "PLAIN": False,
+        "num_warps": 8, "num_stages": 1,
+    },
+    "lean_gradient": {
+        "CHUNK": 64, "BLOCK_M": 64, "SHARE": 2, "RUN": 32, "AHEAD": False, "PLAIN": False,
+        "num_warps": 4, "num_stages": 1,
+    },
     "weights": "half",
-}
+    "forward": "lean",
+    "backward": "lean",
+}  # fmt: skip
 NARROWEST, WIDEST = 64, 128  # heads; tiles of 16 columns gave a wrong gradient of v on an H100 (Triton 3.6)
 FEWEST = 64  # features
 
@@ -76,10 +88,12 @@ def walk_of(
     scaled = projection.float() * width**-0.25
     unit = 1.0 if relu else math.log2(math.e)
     binary = scaled * unit
-    hi = binary.to(torch.float16 if table["weights"] == "half" else torch.bfloat16)
+    # The slope of a ReLU jumps where <w, x'> changes its sign: that wants more digits of w than an exponent.
+    weights = "split" if relu else table["weights"]
+    hi = binary.to(torch.float16 if weights == "half" else torch.bfloat16)
     lo = (binary - hi.float()).to(hi.dtype)
     constants = {
-        "H": heads, "M": count, "N": width, "P": channels, "RELU": relu, "SPLIT": table["weights"] == "split",
+        "H": heads, "M": count, "N": width, "P": channels, "RELU": relu, "SPLIT": weights == "split",
         "BLOCK_N": max(16, next_power_of_2(width)), "BLOCK_P": max(16, next_power_of_2(channels)),
     }  # fmt: skip
     half_scale, groups = 0.5 * width**-0.5 * unit, k.shape[2]
