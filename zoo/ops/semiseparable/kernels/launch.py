@@ -35,15 +35,17 @@ def sizes_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Sizes:
 
     A [CHUNK, BLOCK_N] tile of a dot operand stays within 32 KB, so that two stages of q and k fit in shared memory.
     IEEE float32 products run without tensor cores and hold their operands in registers: shorter chunks, more warps.
-    Tiles of 16 columns beside more than 128 rows gave wrong gradients on an H100 (Triton 3.6): 32 there, some empty.
+    One tile of 16 or 32 columns beside more than 128 rows: gradients were wrong on an H100 with the assembler of Triton
+    3.6, ptxas 12.8, and right with 13.0. Two such tiles, or one of 64, are right with both.
     """
     B, T, H, P = v.shape
     G, N = q.shape[2:]
     single = v.dtype == torch.float32
     operand_bytes = 2 if v.dtype == torch.bfloat16 else 4
     block_n = max(16, next_power_of_2(N))
-    narrowest, widest = (16, 64 if operand_bytes == 2 else 32) if block_n <= 128 else (32, 32)
-    block_p = min(widest, max(narrowest, next_power_of_2(P)))
+    block_p = min(64 if operand_bytes == 2 and block_n <= 128 else 32, max(16, next_power_of_2(P)))
+    if block_n > 128 and operand_bytes == 2 and block_p >= P:
+        block_p = 64
     chunk = 32 if single or block_n * operand_bytes > 512 else 64
     warps = 8 if single and block_n >= 64 else 4
     if cu_seqlens is None:
