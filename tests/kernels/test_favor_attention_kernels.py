@@ -80,17 +80,6 @@ def test_the_bfloat16_kernels_of_wide_heads_stay_within_budget(name: str, kernel
     check(inputs(device, **sizes | WIDE, **options), kernels, **options)
 
 
-@HALF
-@pytest.mark.parametrize("weights", ["single", "split"])  # the default serves the other tests
-def test_every_form_of_the_weights_stays_within_budget(
-    weights: str, kernels: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from zoo.ops.favor_attention.kernels import walk_launch
-
-    monkeypatch.setitem(walk_launch.TABLE, "weights", weights)
-    check(inputs(device, 66, batch=1, heads=1, groups=1, state=True, **WIDE), kernels)
-
-
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_inputs_that_are_no_numbers_end(kernels: torch.dtype, bad: float, device: str) -> None:
     given = inputs(device, 40, batch=1, heads=1, groups=1, **WIDE)

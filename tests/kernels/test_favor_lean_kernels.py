@@ -1,4 +1,4 @@
-"""The lean walks of FAVOR+ attention in bfloat16, switched on, as the other kernels are tested."""
+"""The lean walks of FAVOR+ attention in bfloat16, as the other kernels are tested."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture
-def lean(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+def lean() -> dict[str, int]:
     """Sizes that lead to the lean walks."""
-    from zoo.ops.favor_attention.kernels import walk_launch, walk_lean_launch
+    from zoo.ops.favor_attention.kernels.walk_lean_launch import serves_lean
 
-    for direction in ("forward", "backward"):
-        monkeypatch.setitem(walk_launch.TABLE, direction, "lean")
-        assert walk_lean_launch.serves_lean(128, 128, 128, torch.bfloat16, False, direction)
+    assert serves_lean(128, 128, 128, torch.bfloat16, relu=False)
     return {"width": 128, "channels": 128, "rows": 128, "batch": 1, "groups": 1}
 
 
@@ -35,16 +33,6 @@ def test_the_lean_walks_stay_within_budget(name: str, lean: dict[str, int], devi
         "packed": ({"tokens": 9, "heads": 2, "state": True, "sequences": 2}, {"cu_seqlens": torch.tensor([0, 0, 9])}),
     }[name]
     check(inputs(device, **lean | sizes), torch.bfloat16, **options)
-
-
-def test_lean_walks_without_columns_beside_the_projection_stay_within_budget(
-    lean: dict[str, int], device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from zoo.ops.favor_attention.kernels import walk_launch
-
-    for kernel in ("lean_read", "lean_gradient"):
-        monkeypatch.setitem(walk_launch.TABLE, kernel, walk_launch.TABLE[kernel] | {"PLAIN": True})
-    check(inputs(device, 67, heads=1, state=True, **lean), torch.bfloat16)
 
 
 def test_lean_walks_close_runs_and_lose_nothing(lean: dict[str, int], device: str) -> None:

@@ -142,7 +142,7 @@ def test_tensor_cores_serve_half_precision_of_whole_sectors() -> None:
 
 
 def test_spans_are_short_where_programs_would_be_few() -> None:
-    assert banded_launch.span_of(8, 4096, 2048) == 512
+    assert banded_launch.span_of(8, 4096, 2048) == 1024
     assert banded_launch.span_of(1, 4096, 2048) == 256  # 16 spans, of 128 programs
     assert banded_launch.span_of(2, 50, 64) == 64
     assert banded_launch.span_of(4096, 100, 2048) == 128

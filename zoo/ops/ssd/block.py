@@ -157,7 +157,7 @@ def ssd_block_backward(
         _, dtaps, doffset, _ = convolution_backward(dconvolved, dlast, xBC, taps, bias, None, cu_seqlens, True, dxBC)
     assert dD is not None
     assert dbias is not None
-    dstart = projected.new_empty(0, dtype=torch.float32) if initial_state is None else dstart
+    dstart = projected.new_empty(0, dtype=torch.float32) if dstart is None else dstart
     return dprojected, dtaps, doffset, dA.to(A.dtype), dD.to(D.dtype), dbias.to(dt_bias.dtype), dweight, dstart
 
 

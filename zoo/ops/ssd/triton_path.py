@@ -14,8 +14,6 @@ from zoo.ops.semiseparable.cost import backward_flops, flops
 from zoo.ops.semiseparable.triton_path import HALF, missing_widths, semiseparable_triton
 from zoo.ops.ssd.scan import add_skip, discretise
 
-WALKED = 128  # widest states of walks; those of wider ones lie in parts, and chunks side by side are faster
-
 
 def ssd_triton(
     x: Tensor,
@@ -64,13 +62,11 @@ def forward_of(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results of the custom operator: by walks, or by chunks side by side where a walk is too wide."""
-    from zoo.ops.ssd.kernels import march_launch, segments, wide
+    """Arguments and results of the custom operator."""
+    from zoo.ops.ssd.kernels import segments
 
     A, D, dt_bias, initial_state = A.float().contiguous(), _float(D), _float(dt_bias), _float(initial_state)
-    apart = B.shape[3] > WALKED and not march_launch.serves(x, B) and wide.serves(x, B)
-    run = wide.forward if apart else segments.forward
-    return run(x, dt, A, B, C, D, dt_bias, dt_softplus, (low, high), initial_state, cu_seqlens)
+    return segments.forward(x, dt, A, B, C, D, dt_bias, dt_softplus, (low, high), initial_state, cu_seqlens)
 
 
 @torch.library.custom_op("zoo::ssd", mutates_args=())
@@ -146,7 +142,7 @@ def ssd_backward(
             x.new_empty(0) if part is None or grad is None else grad.to(part.dtype)
             for part, grad in zip((x, dt, A, B, C, D, dt_bias), others, strict=True)
         ]
-        return (*gradients, x.new_empty(0, dtype=torch.float32) if initial_state is None else dstart)  # type: ignore[return-value]
+        return (*gradients, x.new_empty(0, dtype=torch.float32) if dstart is None else dstart)  # type: ignore[return-value]
     raw = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     reached = torch.logaddexp(raw, torch.zeros_like(raw)) if dt_softplus else raw
     step = reached.clamp(low, high)

@@ -9,6 +9,6 @@ the running maximum of the writers. Inside a chunk it is that of the chunk's fir
 ends before a writer that would outgrow it by more than exp(LIMIT): no sum overflows, a product that underflows is below
 1e-20 of its row's largest, and no row depends on what comes after it.
 
-In bfloat16 the causal kernels of wide heads have a scale that moves seldom: `walk_read` and `walk_gradient`.
-Where the table of `walk_launch` says so, `walk_lean_read` and `walk_lean_gradient` serve heads of 128 channels.
+In bfloat16 the causal kernels of wide heads have a scale that moves seldom: `walk_read` and `walk_gradient`, and for
+positive features and heads of 128 channels `walk_lean_read` and `walk_lean_gradient`.
 """

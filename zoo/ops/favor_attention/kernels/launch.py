@@ -103,7 +103,7 @@ def forward(
     log_total = torch.empty(q.shape[:3], dtype=torch.float32, device=v.device)
     state = empty_like_state(call, v.device)
     with on_device(v):
-        if causal and serves_lean(q.shape[3], v.shape[3], projection.shape[0], v.dtype, relu, "forward"):
+        if causal and serves_lean(q.shape[3], v.shape[3], projection.shape[0], v.dtype, relu):
             lean = lean_walk(k, projection, spans[0], spans[1], call.heads)
             lean_forward(lean, q, k, v, contiguous(initial_state), state, y, log_total)
         elif causal and serves(q.shape[3], v.shape[3], projection.shape[0], v.dtype):
@@ -140,7 +140,7 @@ def backward(
     balanced = v.dtype == torch.float32 and not relu  # the slopes of ReLU features are no weights
     rows, channels, block_p = delta.numel(), v.shape[3], call.constants["BLOCK_P"]
     with on_device(v):
-        if causal and serves_lean(q.shape[3], channels, call.constants["M"], v.dtype, relu, "backward"):
+        if causal and serves_lean(q.shape[3], channels, call.constants["M"], v.dtype, relu):
             lean = lean_walk(k, projection, spans[0], spans[1], call.heads)
             parts = lean_backward(
                 lean, dy, y.contiguous(), dlog.contiguous(), log_total, q, k, v, initial, first, last

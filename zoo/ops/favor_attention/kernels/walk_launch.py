@@ -16,24 +16,15 @@ from zoo.ops.kernels.rows import cdiv, next_power_of_2
 from zoo.ops.semiseparable.kernels.launch import strides
 
 ROWS = 32  # rows of a program of the row kernel
-# By kernel: tokens of a chunk, features of a program at most, chunks of a run, warps, stages. WEIGHTS: what <w, x'> is
-# made of: "split" (two bfloat16 parts of w), "half" (w and x in float16), "single" (w rounded to bfloat16).
-# SHARE: programs of a multiprocessor. AHEAD: ask for the next chunk. PLAIN: fewer tensor-core products.
-# forward, backward: "lean" for `walk_lean` where it serves, "walk".
-TABLE: dict[str, Any] = {
+# By kernel: tokens of a chunk, features of a program at most, chunks of a run, warps, stages. The lean walks serve
+# where they can; SHARE: their programs of a multiprocessor; AHEAD: whether they ask for the next chunk.
+TABLE: dict[str, dict[str, Any]] = {
     "read": {"CHUNK": 64, "BLOCK_M": 128, "RUN": 32, "num_warps": 4, "num_stages": 1},
     "gradient": {"CHUNK": 64, "BLOCK_M": 64, "RUN": 32, "num_warps": 4, "num_stages": 1},
-    "lean_read": {
-        "CHUNK": 128, "BLOCK_M": 128, "SHARE": 1, "RUN": 32, "AHEAD": True, "PLAIN": False,
-        "num_warps": 8, "num_stages": 1,
-    },
+    "lean_read": {"CHUNK": 128, "BLOCK_M": 128, "SHARE": 1, "RUN": 32, "AHEAD": True, "num_warps": 8, "num_stages": 1},
     "lean_gradient": {
-        "CHUNK": 64, "BLOCK_M": 64, "SHARE": 2, "RUN": 32, "AHEAD": False, "PLAIN": False,
-        "num_warps": 4, "num_stages": 1,
+        "CHUNK": 64, "BLOCK_M": 64, "SHARE": 2, "RUN": 32, "AHEAD": False, "num_warps": 4, "num_stages": 1,
     },
-    "weights": "half",
-    "forward": "lean",
-    "backward": "lean",
 }  # fmt: skip
 NARROWEST, WIDEST = 64, 128  # heads; tiles of 16 columns gave a wrong gradient of v on an H100 (Triton 3.6)
 FEWEST = 64  # features
@@ -51,7 +42,10 @@ def serves(width: int, channels: int, count: int, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class Walk:
-    """What the launches of one call share. hi, lo, rows: [M,N], half: [B,T,G], see the kernels."""
+    """What the launches of one call share. hi, lo, rows: [M,N], half: [B,T,G], see the kernels.
+
+    The projection comes in float16, for ReLU features as a sum of two parts in bfloat16.
+    """
 
     hi: Tensor
     lo: Tensor
@@ -63,11 +57,11 @@ class Walk:
     half_scale: float
     feature_eps: float
     constants: dict[str, Any]
-    table: dict[str, Any]
+    table: dict[str, dict[str, Any]]
 
     def blocks(self, kernel: str) -> dict[str, Any]:
         """Constants of one kernel."""
-        chosen: dict[str, int] = self.table[kernel]
+        chosen = self.table[kernel]
         fitting = max(16, next_power_of_2(self.constants["M"]))
         narrow = min(self.constants["BLOCK_N"], self.constants["BLOCK_P"], fitting) <= 32
         stages = 2 if narrow else chosen["num_stages"]  # one stage is miscompiled at 32 columns
@@ -83,17 +77,15 @@ def walk_of(
     feature_eps: float,
 ) -> Walk:  # fmt: skip
     """k: [B,T,G,N]; projection: [M,N]; starts, ends: int64 [S]."""
-    table = TABLE
     count, width = projection.shape
     scaled = projection.float() * width**-0.25
     unit = 1.0 if relu else math.log2(math.e)
     binary = scaled * unit
     # The slope of a ReLU jumps where <w, x'> changes its sign: that wants more digits of w than an exponent.
-    weights = "split" if relu else table["weights"]
-    hi = binary.to(torch.float16 if weights == "half" else torch.bfloat16)
+    hi = binary.to(torch.bfloat16 if relu else torch.float16)
     lo = (binary - hi.float()).to(hi.dtype)
     constants = {
-        "H": heads, "M": count, "N": width, "P": channels, "RELU": relu, "SPLIT": weights == "split",
+        "H": heads, "M": count, "N": width, "P": channels, "RELU": relu, "SPLIT": relu,
         "BLOCK_N": max(16, next_power_of_2(width)), "BLOCK_P": max(16, next_power_of_2(channels)),
     }  # fmt: skip
     half_scale, groups = 0.5 * width**-0.5 * unit, k.shape[2]
@@ -103,7 +95,7 @@ def walk_of(
     )
     return Walk(
         hi.contiguous(), lo.contiguous(), binary.to(torch.bfloat16).contiguous(), half, starts, ends, heads,
-        half_scale, feature_eps, constants, table,
+        half_scale, feature_eps, constants, dict(TABLE),
     )  # fmt: skip
 
 

@@ -125,57 +125,23 @@ def beside_at(
 
 
 @triton.jit
-def lanes_of(beside, first, last, AXIS: tl.constexpr):
-    """Sum over lanes from `first` to `last` of tiles with lanes along AXIS."""
-    lane = tl.expand_dims(tl.arange(0, LANES), 1 - AXIS)
-    return tl.sum(tl.where((lane >= first) & (lane <= last), beside.to(tl.float32), 0.0), axis=AXIS)
-
-
-@triton.jit
-def less_delta(
-    reader, writer_ptr, passed, length, step, in_seq, HEADS: tl.constexpr, PLAIN: tl.constexpr, REVERSE: tl.constexpr
-):  # fmt: skip
+def less_delta(reader, writer_ptr, passed, length, step, in_seq, HEADS: tl.constexpr, REVERSE: tl.constexpr):
     """-delta of the queries among a chunk's readers and writers, [readers,writers]; reader: `beside_at` in rows."""
     writer = columns(writer_ptr, passed, length, step, tl.arange(0, LANES), in_seq, HEADS * LANES, REVERSE)
-    if PLAIN:  # one of both is 1 in three lanes
-        less = lanes_of(reader, 6, 8, 1)[:, None] * (lanes_of(writer, 6, 8, 0) * (1.0 / 3.0))[None, :]
-    else:
-        lane = tl.arange(0, LANES)[None, :]
-        less = dot(tl.where(lane > 5, reader.to(tl.float32), 0.0).to(tl.bfloat16), writer)
-    return less
+    lane = tl.arange(0, LANES)[None, :]
+    return dot(tl.where(lane > 5, reader.to(tl.float32), 0.0).to(tl.bfloat16), writer)
 
 
 @triton.jit
-def dash_columns_of(hi, lo, beside_w, scale, x, beside_x, SPLIT: tl.constexpr, PLAIN: tl.constexpr):
-    """Binary logarithms of features, [BLOCK_M, CHUNK], of x [N, CHUNK]; beside_w [BLOCK_M, LANES] of `scale`.
-
-    PLAIN: without tensor cores for what is added to <w, x'>.
-    """
-    x = x.to(hi.dtype)
-    if PLAIN:
-        dash = dot(hi, x)
-    else:
-        dash = dot(hi, x, dot(beside_w, beside_x))
-    if SPLIT:
-        dash = dot(lo, x, dash)
-    if PLAIN:
-        dash += lanes_of(beside_x, 0, 2, 0)[None, :] - scale[:, None] * lanes_of(beside_x, 3, 3, 0)[None, :]
-    return dash
+def dash_columns_of(weights, beside_w, x, beside_x):
+    """Binary logarithms of features, [BLOCK_M, CHUNK], of x [N, CHUNK]; beside_w [BLOCK_M, LANES]."""
+    return dot(weights, x.to(weights.dtype), dot(beside_w, beside_x))
 
 
 @triton.jit
-def dash_rows_of(hi, lo, beside_w, scale, x, beside_x, SPLIT: tl.constexpr, PLAIN: tl.constexpr):
+def dash_rows_of(weights, beside_w, x, beside_x):
     """The same as [CHUNK, BLOCK_M], of x [CHUNK, N]; beside_w [LANES, BLOCK_M]."""
-    x = x.to(hi.dtype)
-    if PLAIN:
-        dash = dot(x, tl.trans(hi))
-    else:
-        dash = dot(x, tl.trans(hi), dot(beside_x, beside_w))
-    if SPLIT:
-        dash = dot(x, tl.trans(lo), dash)
-    if PLAIN:
-        dash += lanes_of(beside_x, 0, 2, 1)[:, None] - scale[None, :] * lanes_of(beside_x, 3, 3, 1)[:, None]
-    return dash
+    return dot(x.to(weights.dtype), tl.trans(weights), dot(beside_x, beside_w))
 
 
 @triton.jit
@@ -198,14 +164,13 @@ def features_of(log, step, left, is_first, AXIS: tl.constexpr, CHUNK: tl.constex
 
 @triton.jit
 def first_writer(
-    writer_ptr, beside_ptr, hi, lo, unscaled, length, passed, n,
-    STRIDE: tl.constexpr, HEADS: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr,
-    PLAIN: tl.constexpr,
+    writer_ptr, beside_ptr, weights, unscaled, length, passed, n,
+    STRIDE: tl.constexpr, HEADS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Binary logarithms of the features of the writer after `passed` ones, [BLOCK_M]; unscaled: zeros of that shape."""
     step = tl.arange(0, HEAD)
     in_seq = step < length - passed
     x = columns(writer_ptr, passed, length, step, n, in_seq, STRIDE, REVERSE)
     beside_x = beside_at(beside_ptr, passed, length, step, in_seq, HEADS, False, False, REVERSE)
-    log = dash_columns_of(hi, lo, beside_weights(unscaled, True), unscaled, x, beside_x, SPLIT, PLAIN)
+    log = dash_columns_of(weights, beside_weights(unscaled, True), x, beside_x)
     return tl.sum(tl.where(step[None, :] == 0, log, 0.0), axis=1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from zoo.ops.favor_attention.kernels.features import leave
-from zoo.ops.favor_attention.kernels.walk import enter_walk, load_weights, multiply, natural
+from zoo.ops.favor_attention.kernels.features import leave, load_projection
+from zoo.ops.favor_attention.kernels.walk import enter_walk, multiply, natural
 from zoo.ops.favor_attention.kernels.walk_lean import (
     LANES,
     beside_at,
@@ -26,7 +26,7 @@ from zoo.ops.kernels.launcher import launched
 @launched(do_not_specialize=["tokens", "sequences", "width"])
 def lean_gradient_kernel(
     reader_ptr, writer_ptr, beside_ptr, payload_ptr,  # [BT,.,N] [BT,.,N] [BT,.,P] [BT,.,P]: q, k, dy, v or k, q, v, dy
-    hi_ptr, lo_ptr, rows_ptr,  # [M,N] each: log2(e) N^-1/4 times the projection as a sum; N^-1/4 times it, bfloat16
+    weights_ptr, rows_ptr,  # [M,N] each: log2(e) N^-1/4 times the projection, float16; N^-1/4 times it, bfloat16
     reader_beside_ptr, writer_beside_ptr,  # [BT,.,LANES], see `beside_weights`
     delta_ptr,  # [BT,H] float32, <dy, y>; not in reverse
     first_ptr, last_ptr,  # [S,H,M,P+2] float32, contiguous
@@ -36,10 +36,10 @@ def lean_gradient_kernel(
     tokens, sequences, width,
     reader_stride_h, writer_stride_h, beside_stride_h, payload_stride_h,
     H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr, J_READER: tl.constexpr, J_WRITER: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, SPLIT: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr,
     READER_STRIDE: tl.constexpr, WRITER_STRIDE: tl.constexpr, BESIDE_STRIDE: tl.constexpr,  # from token to token
     PAYLOAD_STRIDE: tl.constexpr, CHUNK: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, AHEAD: tl.constexpr,
-    SHARE: tl.constexpr, PLAIN: tl.constexpr,
+    SHARE: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M features of one (sequence, head); see `causal_gradient_kernel` for what it computes."""
     place, part = seat(width, M // BLOCK_M, SHARE)
@@ -71,8 +71,8 @@ def lean_gradient_kernel(
     if REVERSE:
         felt_ptr += slot
     state_at = (sequence * H + head) * M * (P + 2)
-    hi, lo = load_weights(hi_ptr, lo_ptr, m, n, in_m, in_n, N, SPLIT)
-    rows, _same = load_weights(rows_ptr, rows_ptr, m, n, in_m, in_n, N, False)
+    weights = load_projection(weights_ptr, m, n, in_m, in_n, N)
+    rows = load_projection(rows_ptr, m, n, in_m, in_n, N)
 
     sums, total, scale = enter_walk(first_ptr, state_at, m, p, in_m, in_p, P, HAS_FIRST, True, False, BLOCK_M, P)
     if REVERSE:
@@ -81,8 +81,8 @@ def lean_gradient_kernel(
     passed = length - length
     while passed < length:
         one = first_writer(
-            writer_ptr, writer_beside_ptr, hi, lo, tl.zeros_like(scale), length, passed, n,
-            WRITER_STRIDE, WRITER_HEADS, REVERSE, SPLIT, PLAIN,
+            writer_ptr, writer_beside_ptr, weights, tl.zeros_like(scale), length, passed, n,
+            WRITER_STRIDE, WRITER_HEADS, REVERSE,
         )  # fmt: skip
         grown = tl.maximum(scale, one)
         kept = tl.exp2(scale - grown)
@@ -106,11 +106,11 @@ def lean_gradient_kernel(
                 fetch(payload_ptr, passed, length, step, CHUNK, PAYLOAD_STRIDE, REVERSE)
                 fetch(beside_ptr, passed, length, step, CHUNK, BESIDE_STRIDE, REVERSE)
                 fetch(reader_ptr, passed, length, step, CHUNK, READER_STRIDE, REVERSE)
-            log = dash_rows_of(hi, lo, beside_w, scale, written, with_writer, SPLIT, PLAIN)  # [CHUNK, BLOCK_M]
+            log = dash_rows_of(weights, beside_w, written, with_writer)  # [CHUNK, BLOCK_M]
             features, _peak, count = features_of(log, step, left, chunk == 0, 0, CHUNK)
             features = features.to(tl.bfloat16)
             less = less_delta(
-                with_reader, writer_beside_ptr, passed, length, step, in_seq, WRITER_HEADS, PLAIN, REVERSE
+                with_reader, writer_beside_ptr, passed, length, step, in_seq, WRITER_HEADS, REVERSE
             )  # fmt: skip
             if REVERSE:
                 felt = multiply(beside, sums, masses)
@@ -125,7 +125,7 @@ def lean_gradient_kernel(
             pairs = multiply(beside, payload, less)  # [CHUNK, CHUNK]
             felt = multiply(tl.where(step[:, None] >= step[None, :], pairs, 0.0), features, felt)
             read = tile(reader_ptr, passed, length, step, n, in_seq, READER_STRIDE, REVERSE)
-            felt *= tl.exp2(dash_rows_of(hi, lo, beside_w, scale, read, with_reader, SPLIT, PLAIN))
+            felt *= tl.exp2(dash_rows_of(weights, beside_w, read, with_reader))
             grad = multiply(felt, rows)  # [CHUNK, N]
             admitted = step < count
             if REVERSE:

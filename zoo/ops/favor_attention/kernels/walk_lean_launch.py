@@ -23,27 +23,24 @@ WIDTH = 128  # of heads
 KERNELS = ("lean_read", "lean_gradient")
 
 
-def serves_lean(width: int, channels: int, count: int, dtype: torch.dtype, relu: bool, direction: str) -> bool:
-    """Whether the lean walks are switched on for "forward" or "backward" and serve heads of these widths."""
+def serves_lean(width: int, channels: int, count: int, dtype: torch.dtype, relu: bool) -> bool:
+    """Whether the lean walks serve heads of these widths and so many features."""
     fits = all(count % (TABLE[kernel]["SHARE"] * TABLE[kernel]["BLOCK_M"]) == 0 for kernel in KERNELS)
-    known = dtype == torch.bfloat16 and width == channels == WIDTH and not relu
-    return bool(TABLE[direction] == "lean" and known and fits)
+    return dtype == torch.bfloat16 and width == channels == WIDTH and fits and not relu
 
 
 @dataclass(frozen=True)
 class LeanWalk:
-    """What the launches of one call share. hi, lo, rows: [M,N]; beside: [B,T,G,LANES] of the keys, see the kernels."""
+    """What the launches of one call share. weights, rows: [M,N]; beside: [B,T,G,LANES] of the keys, see the kernels."""
 
-    hi: Tensor
-    lo: Tensor
+    weights: Tensor
     rows: Tensor
     beside: Tensor
     starts: Tensor
     ends: Tensor
     heads: int
     count: int
-    split: bool
-    table: dict[str, Any]
+    table: dict[str, dict[str, Any]]
 
     def parts(self, kernel: str) -> int:
         """Programs that share a head's features."""
@@ -59,9 +56,8 @@ class LeanWalk:
     def constants(self, kernel: str, **named: Tensor) -> dict[str, Any]:
         """Constants of a launch; named: tensors whose stride between tokens is one."""
         strides = {f"{name.upper()}_STRIDE": x.stride(1) for name, x in named.items()}
-        own = {"H": self.heads, "M": self.count, "N": WIDTH, "P": WIDTH, "SPLIT": self.split}
-        blocks: dict[str, Any] = self.table[kernel]
-        return own | strides | blocks
+        own = {"H": self.heads, "M": self.count, "N": WIDTH, "P": WIDTH}
+        return own | strides | self.table[kernel]
 
 
 @functools.cache
@@ -73,8 +69,6 @@ def lean_walk(k: Tensor, projection: Tensor, starts: Tensor, ends: Tensor, heads
     """k: [B,T,G,N]; projection: [M,N]; starts, ends: int64 [S]."""
     scaled = projection.float() * WIDTH**-0.25
     binary = scaled * math.log2(math.e)
-    hi = binary.to(torch.float16 if TABLE["weights"] == "half" else torch.bfloat16)
-    lo = (binary - hi.float()).to(hi.dtype)
     beside = torch.empty((*k.shape[:3], LANES.value), dtype=torch.bfloat16, device=k.device)
     rows = k.shape[0] * k.shape[1] * k.shape[2]
     half_scale = 0.5 * WIDTH**-0.5 * math.log2(math.e)
@@ -82,8 +76,8 @@ def lean_walk(k: Tensor, projection: Tensor, starts: Tensor, ends: Tensor, heads
         k, beside, rows, half_scale, k.stride(1), k.stride(2), G=k.shape[2], N=WIDTH, ROWS=ROWS
     )
     return LeanWalk(
-        hi.contiguous(), lo.contiguous(), scaled.to(torch.bfloat16).contiguous(), beside, starts, ends, heads,
-        projection.shape[0], TABLE["weights"] == "split", dict(TABLE),
+        binary.to(torch.float16).contiguous(), scaled.to(torch.bfloat16).contiguous(), beside, starts, ends, heads,
+        projection.shape[0], dict(TABLE),
     )  # fmt: skip
 
 
@@ -106,7 +100,7 @@ def read(
     """Outputs of every part of the features, [parts,B,T,H,P], or gradients of v if there are no `logs`: in reverse."""
     programs, width = walk.grid("lean_read")
     lean_read_kernel[(programs,)](
-        reader, writer, payload, walk.hi, walk.lo, reader_beside, writer_beside, first, last, walk.starts, walk.ends,
+        reader, writer, payload, walk.weights, reader_beside, writer_beside, first, last, walk.starts, walk.ends,
         out, logs, reader.shape[0] * reader.shape[1], walk.starts.shape[0], width,
         reader.stride(2), writer.stride(2), payload.stride(2),
         J_READER=walk.heads // reader.shape[2], J_WRITER=walk.heads // writer.shape[2],
@@ -153,7 +147,7 @@ def gradient(
     felt = torch.empty(shape[:4], dtype=torch.float32, device=reader.device) if reverse else None
     programs, width = walk.grid("lean_gradient")
     lean_gradient_kernel[(programs,)](
-        reader, writer, beside, payload, walk.hi, walk.lo, walk.rows, reader_beside, writer_beside, delta, first, last,
+        reader, writer, beside, payload, walk.weights, walk.rows, reader_beside, writer_beside, delta, first, last,
         walk.starts, walk.ends, parts, felt, reader.shape[0] * reader.shape[1], walk.starts.shape[0], width,
         reader.stride(2), writer.stride(2), beside.stride(2), payload.stride(2),
         J_READER=walk.heads // reader.shape[2], J_WRITER=walk.heads // writer.shape[2],

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from zoo.ops.favor_attention.kernels.features import leave
-from zoo.ops.favor_attention.kernels.walk import (
-    enter_walk,
-    load_weights,
-    multiply,
-    natural,
-)
+from zoo.ops.favor_attention.kernels.features import leave, load_projection
+from zoo.ops.favor_attention.kernels.walk import enter_walk, multiply, natural
 from zoo.ops.favor_attention.kernels.walk_lean import (
     LANES,
     beside_at,
@@ -33,7 +28,7 @@ from zoo.ops.kernels.primitives import LN2
 @launched(do_not_specialize=["tokens", "sequences", "width"])
 def lean_read_kernel(
     reader_ptr, writer_ptr, payload_ptr,  # [BT,.,N] [BT,.,N] [BT,.,P]: q, k, v, or k, q, dy in reverse
-    hi_ptr, lo_ptr,  # [M,N] each, log2(e) N^-1/4 times the projection
+    weights_ptr,  # [M,N], log2(e) N^-1/4 times the projection, float16
     reader_beside_ptr, writer_beside_ptr,  # [BT,.,LANES], see `beside_weights`; of readers in reverse only
     first_ptr, last_ptr,  # [S,H,M,P+2] float32, contiguous
     starts_ptr, ends_ptr,  # int64 [S], spans of tokens
@@ -42,10 +37,10 @@ def lean_read_kernel(
     reader_stride_h, writer_stride_h, payload_stride_h,
     H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     J_READER: tl.constexpr, J_WRITER: tl.constexpr, J_PAYLOAD: tl.constexpr,  # query heads of one of theirs
-    REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, EMPTY_LOG: tl.constexpr, SPLIT: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, EMPTY_LOG: tl.constexpr,
     READER_STRIDE: tl.constexpr, WRITER_STRIDE: tl.constexpr, PAYLOAD_STRIDE: tl.constexpr,  # from token to token
     CHUNK: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, AHEAD: tl.constexpr,
-    SHARE: tl.constexpr, PLAIN: tl.constexpr,
+    SHARE: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M features of one (sequence, head) and walks its tokens with their state."""
     place, part = seat(width, M // BLOCK_M, SHARE)
@@ -75,15 +70,15 @@ def lean_read_kernel(
         out_log_ptr += slot
         writer_beside_ptr += (start * G + head // J_KEY) * LANES
     state_at = (sequence * H + head) * M * (P + 2)
-    hi, lo = load_weights(hi_ptr, lo_ptr, m, n, in_m, in_n, N, SPLIT)
+    weights = load_projection(weights_ptr, m, n, in_m, in_n, N)
 
     sums, total, top = enter_walk(first_ptr, state_at, m, p, in_m, in_p, P, HAS_FIRST, False, False, BLOCK_M, P)
     scale = top
     passed = length - length
     while passed < length:
         one = first_writer(
-            writer_ptr, writer_beside_ptr, hi, lo, tl.zeros_like(scale), length, passed, n,
-            WRITER_STRIDE, WRITER_HEADS, REVERSE, SPLIT, PLAIN,
+            writer_ptr, writer_beside_ptr, weights, tl.zeros_like(scale), length, passed, n,
+            WRITER_STRIDE, WRITER_HEADS, REVERSE,
         )  # fmt: skip
         grown = tl.maximum(top, one)
         kept = tl.exp2(scale - grown)
@@ -108,7 +103,7 @@ def lean_read_kernel(
                 fetch(writer_ptr, passed, length, step, CHUNK, WRITER_STRIDE, REVERSE)
                 fetch(reader_ptr, passed, length, step, CHUNK, READER_STRIDE, REVERSE)
                 fetch(payload_ptr, passed, length, step, CHUNK, PAYLOAD_STRIDE, REVERSE)
-            log = dash_columns_of(hi, lo, beside_rows, scale, written, with_writer, SPLIT, PLAIN)  # [BLOCK_M, CHUNK]
+            log = dash_columns_of(weights, beside_rows, written, with_writer)  # [BLOCK_M, CHUNK]
             features, peak, count = features_of(log, step, left, chunk == 0, 1, CHUNK)
             before = total
             total += tl.sum(features, axis=1)
@@ -121,7 +116,7 @@ def lean_read_kernel(
                 with_reader = beside_at(reader_beside_ptr, passed, length, step, in_seq, G, True, True, REVERSE)
             else:
                 with_reader = beside_readers(CHUNK)
-            logits = dash_rows_of(hi, lo, beside_columns, scale, read, with_reader, SPLIT, PLAIN)  # [CHUNK, BLOCK_M]
+            logits = dash_rows_of(weights, beside_columns, read, with_reader)  # [CHUNK, BLOCK_M]
             highest = tl.zeros([CHUNK], tl.float32)
             if not REVERSE:
                 highest = tl.max(logits, axis=1)

@@ -19,7 +19,7 @@ def _side(
     v_ptr, own_ptr, other_ptr, s_ptr, r_ptr, states_ptr, R_ptr, K_ptr, out_ptr, read_ptr, flow_ptr,
     chunk, part, group, n0, first, live, rows, COUNT, v_stride, own_stride, other_stride,
     H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, HEADS: tl.constexpr, FINER: tl.constexpr, TRACE: tl.constexpr, OF_B: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEADS: tl.constexpr, FINER: tl.constexpr, OF_B: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, Q)
     n = n0 + tl.arange(0, BLOCK_N)
@@ -48,13 +48,9 @@ def _side(
         tl.store(read_ptr + ((heads + h) * COUNT + chunk) * Q + i, read)
         if not OF_B:
             R = tl.load(R_ptr + (slot * N + n[:, None]) * P + p[None, :])
-            if TRACE:
-                met = tl.where(p[:, None] == p[None, :], dot(tl.trans(states), R), 0.0)
-            else:
-                # Loaded again: the tile that the products read in shared memory is given to the next head too early for
-                # a sum over its elements (Triton 3.6; dC differed from run to run).
-                again = tl.load(states_ptr + (slot * N + n[:, None]) * P + p[None, :], cache_modifier=".ca")
-                met = again.to(tl.float32) * R.to(tl.float32)
+            # The diagonal of a product. Of a sum over elements of `states`, which products read in shared memory, dC
+            # differed from run to run (Triton 3.6): the tile is given to the next head too early.
+            met = tl.where(p[:, None] == p[None, :], dot(tl.trans(states), R), 0.0)
             last = tl.load(s_ptr + sums + Q - 1)
             tl.store(flow_ptr + (heads + h) * COUNT + chunk, tl.sum(met) * tl.exp2(last))
         total = dot(scaled.to(v.dtype), tl.trans(states), total)
@@ -77,14 +73,14 @@ def keys_kernel(
     dB_ptr, dC_ptr, read_ptr, kept_ptr, flow_ptr, table_ptr,
     T, PER_SEQUENCE, COUNT, rows, x_stride, dy_stride, B_stride, C_stride,
     H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, HEADS: tl.constexpr, FINER: tl.constexpr, TRACE: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEADS: tl.constexpr, FINER: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One chunk, HEADS heads of one group and BLOCK_N modes. Even programs: dC, read, flow. Odd ones: dB, kept.
 
     dC_i = sum_h 2^s_i S dy_i + sum_j K_ij B_j; dB_j = sum_h 2^(e-r_j) R x_j + sum_i K_ij C_i; sums over the own heads,
     in parts [parts of a group,B,T,G,N]. read = 2^s_i <C_i, S dy_i>, kept = 2^(e-s_j) <B_j, R x_j>, both
     [N/BLOCK_N,H,count,Q]; flow [N/BLOCK_N,H,count] = 2^e <S,R>; sums over the own modes. FINER: K's parts per one of
-    here. TRACE: <S,R> as the diagonal of a product.
+    here.
     """
     parts: tl.constexpr = H // HEADS
     planes: tl.constexpr = N // BLOCK_N
@@ -96,11 +92,11 @@ def keys_kernel(
     if tl.program_id(0) % 2 == 0:
         _side(dy_ptr, C_ptr, B_ptr, s_ptr, r_ptr, S_ptr, R_ptr, K_ptr, dC_ptr, read_ptr, flow_ptr,
               chunk, part, group, n0, first, live, rows, COUNT, dy_stride, C_stride, B_stride,
-              H, G, N, P, Q, BLOCK_N, HEADS, FINER, TRACE, False)  # fmt: skip
+              H, G, N, P, Q, BLOCK_N, HEADS, FINER, False)  # fmt: skip
     else:
         _side(x_ptr, B_ptr, C_ptr, s_ptr, r_ptr, R_ptr, R_ptr, K_ptr, dB_ptr, kept_ptr, flow_ptr,
               chunk, part, group, n0, first, live, rows, COUNT, x_stride, B_stride, C_stride,
-              H, G, N, P, Q, BLOCK_N, HEADS, FINER, TRACE, True)  # fmt: skip
+              H, G, N, P, Q, BLOCK_N, HEADS, FINER, True)  # fmt: skip
 
 
 def keys(
@@ -123,7 +119,7 @@ def keys(
         x, dy, B, C, s, r, S, R, K, dB, dC, read, kept, flow, chunks.table,
         chunks.tokens, chunks.per_sequence, chunks.count, batch * tokens, x_stride, dy_stride, B_stride, C_stride,
         H=heads, G=groups, N=modes, P=channels, Q=chunks.size,
-        BLOCK_N=block_n, HEADS=share, FINER=share // finest, TRACE=options["TRACE"] == 1, PACKED=chunks.packed,
+        BLOCK_N=block_n, HEADS=share, FINER=share // finest, PACKED=chunks.packed,
         num_warps=options["num_warps"], num_stages=options["num_stages"],
     )  # fmt: skip
     dB, dC = (part[0] if parts == 1 else part.sum(0).to(B.dtype) for part in (dB, dC))

@@ -1,4 +1,4 @@
-"""SSD from states at the borders of its chunks: forward and backward, in bfloat16."""
+"""SSD backward from states at the borders of its chunks, in bfloat16."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from zoo.ops.semiseparable.kernels.chunks import chunks_of, decay_sums
 from zoo.ops.ssd.kernels.decays import decays
 from zoo.ops.ssd.kernels.keys import keys
 from zoo.ops.ssd.kernels.pairs import pairs
-from zoo.ops.ssd.kernels.rows import outputs, values
 from zoo.ops.ssd.kernels.sweep import sweep
+from zoo.ops.ssd.kernels.values import values
 from zoo.ops.ssd.widths import N_MOST
 
 CHUNK = 128
@@ -20,11 +20,10 @@ SWEEP = (
     {"BLOCK_N": 64, "BLOCK_P": 64, "num_warps": 4, "num_stages": 3},
 )
 FEWEST_SWEEPS = 200  # programs of a launch: less than two for each multiprocessor leaves memory idle
-OUTPUTS = {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 3}
 VALUES = {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 3}
-WIDE = {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 2}  # outputs and values of more than 128 modes
+WIDE = {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 2}  # values of more than 128 modes
 PAIRS = {"BLOCK_I": 64, "BLOCK_J": 64, "HEADS": 64, "num_warps": 4, "num_stages": 3}
-KEYS = {"BLOCK_N": 128, "HEADS": 64, "TRACE": 1, "num_warps": 8, "num_stages": 3}
+KEYS = {"BLOCK_N": 128, "HEADS": 64, "num_warps": 8, "num_stages": 3}
 
 
 def sweep_blocks(programs: int) -> dict[str, int]:
@@ -35,28 +34,15 @@ def sweep_blocks(programs: int) -> dict[str, int]:
     return SWEEP[-1]
 
 
-def forward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
-    has_softplus: bool, limits: tuple[float, float], start: Tensor | None, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y [B,T,H,P] and the final state [S,H,P,N], float32. A, D, dt_bias: float32 [H]; start: float32 [S,H,P,N].
-
-    N and P: 16, 32, 64 or 128, and N P at most 128 64; or N 256 and P at most 64. For others see `wide`.
-    """
-    chunks = chunks_of(x, cu_seqlens, CHUNK)
-    with on_device(x):
-        s, r = decay_sums(chunks, dt, A, dt_bias, has_softplus, limits)
-        S, _, final, _ = sweep(chunks, x, None, B, C, s, r, start, None, sweep_blocks(chunks.sequences * x.shape[2]))
-        return outputs(chunks, x, B, C, s, r, S, D, WIDE if B.shape[3] > N_MOST else OUTPUTS), final
-
-
 def backward(
     dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     dt_bias: Tensor | None, has_softplus: bool, limits: tuple[float, float], start: Tensor | None,
     cu_seqlens: Tensor | None, dx: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    """Gradients of x, dt, A, B, C, D, dt_bias and start, contiguous; those of A, D, dt_bias and start in float32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, dt, A, B, C, D, dt_bias, start, contiguous; those of A, D, dt_bias and start in float32.
 
+    A, D, dt_bias: float32 [H]; start: float32 [S,H,P,N]. N and P: 16, 32, 64 or 128, and N P at most 128 64; or N 256
+    and P at most 64. For others see `wide`.
     dx: where the gradient of x goes, [B,T,H,P] with one stride from token to token; None for a tensor of its own.
 
     Everything is computed anew from the inputs: the states that enter the chunks and the gradients of those that leave
@@ -66,7 +52,7 @@ def backward(
     with on_device(x):
         s, r = decay_sums(chunks, dt, A, dt_bias, has_softplus, limits, finite=True)
         blocks = sweep_blocks(2 * chunks.sequences * x.shape[2])
-        S, R, _, dstart = sweep(chunks, x, dy, B, C, s, r, start, dfinal, blocks)
+        S, R, dstart = sweep(chunks, x, dy, B, C, s, r, start, dfinal, blocks)
         K, row, col, skip = pairs(chunks, x, dy, B, C, s, r, D is not None, PAIRS)
         dB, dC, read, kept, flow = keys(chunks, x, dy, B, C, s, r, S, R, K, KEYS)
         del S, K  # before dx takes as much

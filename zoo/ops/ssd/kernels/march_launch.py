@@ -33,7 +33,6 @@ TABLE = {
     128: Blocks(32, 64, 1, 4, 3, overlap=False),
     256: Blocks(32, 64, 2, 4, 2, overlap=False),
 }
-TAKEN: tuple[int, ...] = (16, 64, 128, 256)  # those of the table that the operator takes
 
 
 @lru_cache
@@ -44,9 +43,8 @@ def blocks_for(modes: int) -> Blocks:
 def serves(x: Tensor, B: Tensor) -> bool:
     """Whether x [B,T,H,P] and B [B,T,G,N] are for the march: rows of wgmma are 64, channels of one head or of two."""
     (heads, channels), (groups, width) = x.shape[2:], B.shape[2:]
-    taken = width <= max(TABLE) and min(widest for widest in TABLE if width <= widest) in TAKEN
     paired = channels == 32 and heads // groups % 2 == 0
-    return taken and x.dtype == torch.bfloat16 and width % 16 == 0 and (paired or channels > 32)
+    return x.dtype == torch.bfloat16 and width <= max(TABLE) and width % 16 == 0 and (paired or channels > 32)
 
 
 class Before(NamedTuple):
@@ -76,6 +74,11 @@ def before(
     return Before(s, r, scores)
 
 
+def whole(chunks: Chunks) -> bool:
+    """Whether every chunk is full."""
+    return not chunks.packed and chunks.tokens % chunks.size == 0
+
+
 FLAGS = ("HAS_D", "HAS_START", "PACKED", "EVEN", "SAME")
 
 
@@ -93,18 +96,17 @@ def _constants(blocks: Blocks, H: int, G: int, N: int, P: int, *flags: bool) -> 
 
 def march(
     x: Tensor, B: Tensor, C: Tensor, made: Before, D: Tensor | None, begin: Tensor | None,
-    cu_seqlens: Tensor | None, first: Tensor | None, y: Tensor, final: Tensor, blocks: Blocks,
+    cu_seqlens: Tensor | None, first: Tensor | None, even: bool, y: Tensor, final: Tensor, blocks: Blocks,
 ) -> None:  # fmt: skip
     """Fill y [B,T,H,P] and the final state [S,H,P,N], both contiguous; begin: float32 [S,H,P,N], contiguous.
 
-    cu_seqlens: bounds of packed sequences in tokens, with `first`, their first chunks.
+    cu_seqlens: bounds of packed sequences in tokens, with `first`, their first chunks. even: every chunk is full.
     """
     (tokens, heads, channels), (groups, width) = x.shape[1:], B.shape[2:]
     (x, x_stride), (B, B_stride), (C, C_stride) = token_rows(x), token_rows(B), token_rows(C)
-    packed = cu_seqlens is not None
     constants = _constants(
         blocks, heads, groups, width, channels,
-        D is not None, begin is not None, packed, not packed and tokens % blocks.chunk == 0, B_stride == C_stride,
+        D is not None, begin is not None, cu_seqlens is not None, even, B_stride == C_stride,
     )  # fmt: skip
     programs = heads // constants["HEADS"] * cdiv(channels * constants["HEADS"], blocks.rows)
     start(
@@ -131,5 +133,6 @@ def forward(
     begin = None if begin is None else begin.contiguous()
     with on_device(x):
         made = before(chunks, dt, A, B, C, dt_bias, has_softplus, limits, blocks.scores)
-        march(x, B, C, made, D, begin, cu_seqlens, chunks.first if chunks.packed else None, y, final, blocks)
+        first = chunks.first if chunks.packed else None
+        march(x, B, C, made, D, begin, cu_seqlens, first, whole(chunks), y, final, blocks)
     return y, final

@@ -211,7 +211,7 @@ def forward(
             chunks = chunks_of(x, cu_seqlens, blocks.chunk)
             made = march_launch.before(chunks, dt, A, B, C, dt_bias, has_softplus, limits, blocks.scores)
             begins, bounds, slots = states(chunks, x, B, made.s, made.r, start, cu_seqlens, segments, PIECE)
-            march_launch.march(x, B, C, made, D, begins, bounds, slots, y, ends, blocks)
+            march_launch.march(x, B, C, made, D, begins, bounds, slots, march_launch.whole(chunks), y, ends, blocks)
         else:
             chunks = chunks_of(x, cu_seqlens, blocks_for(x.dtype, B.shape[3]).chunk)
             s, r = decay_sums(chunks, dt, A, dt_bias, has_softplus, limits)

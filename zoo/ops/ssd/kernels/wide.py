@@ -1,4 +1,4 @@
-"""SSD of any served width: wide heads as several heads of the same decays."""
+"""SSD backward of any served width: wide heads as several heads of the same decays."""
 
 from __future__ import annotations
 
@@ -45,29 +45,15 @@ class _Cut:
     def whole_values(self, y: Tensor) -> Tensor:
         return y if self.more == 1 else y.unflatten(2, (self.heads, self.more)).flatten(3)
 
-    def whole_states(self, state: Tensor) -> Tensor:
-        return state.reshape(state.shape[0], self.heads, self.channels, -1)
-
-
-def forward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
-    has_softplus: bool, limits: tuple[float, float], start: Tensor | None, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y [B,T,H,P] and the final state [S,H,P,N], float32. A, D, dt_bias: float32 [H]; start: float32 [S,H,P,N]."""
-    cut = _cut(x, B)
-    D, dt_bias = (None if part is None else cut.repeated(part) for part in (D, dt_bias))
-    y, final = launch.forward(
-        cut.values(x), cut.repeated(dt), cut.repeated(A), B, C, D, dt_bias, has_softplus, limits, cut.states(start),
-        cu_seqlens,
-    )  # fmt: skip
-    return cut.whole_values(y), cut.whole_states(final)
+    def whole_states(self, state: Tensor | None) -> Tensor | None:
+        return None if state is None else state.reshape(state.shape[0], self.heads, self.channels, -1)
 
 
 def backward(
     dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     dt_bias: Tensor | None, has_softplus: bool, limits: tuple[float, float], start: Tensor | None,
     cu_seqlens: Tensor | None, dx: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, dt_bias and start, contiguous; those of A, D, dt_bias and start in float32.
 
     dx: where the gradient of x goes, [B,T,H,P] with one stride from token to token; None for a tensor of its own.
