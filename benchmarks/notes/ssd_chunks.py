@@ -1,6 +1,8 @@
-"""Checks and times the SSD kernels: states at chunk borders, and walks along segments, in one run (GPU).
+"""Checks and times the SSD kernels: the march along segments, and the backward kernel by kernel, in one run (GPU).
 
 python benchmarks/notes/ssd_chunks.py    prints a line per variant and writes $OUT/ssd_chunks.json
+
+Times are of CUDA graphs, with the cache flushed in between: several of these calls take longer on the host.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ import torch  # noqa: E402
 
 ROWS = {
     "B8 T4096": (8, 4096, 128), "B2 T16384": (2, 16384, 128), "B1 T65536": (1, 65536, 128),
-    "B8 T4096 N256": (8, 4096, 256),
+    "B8 T4096 N256": (8, 4096, 256), "B2 T16384 N64": (2, 16384, 64), "B1 T65536 N64": (1, 65536, 64),
 }  # fmt: skip
 OTHERS = {
     "B8 T4096 N64": (8, 4096, 64), "B8 T4096 H32 P128": (8, 4096, 128, 32, 128), "B5 T8192": (5, 8192, 128),
     "B1 T1000000 H16": (1, 1000000, 128, 16), "B1 T65536 N16": (1, 65536, 16),
 }  # fmt: skip
+SMALLS = [(2, 1024, 128), (1, 1000, 128), (1, 1000, 256), (2, 1024, 64)]  # batch, tokens and modes of what is checked
 SLOW = -9.0  # added to the bias of time steps: nothing decays, and the pieces of all segments are read
 LIMITS = (0.0, math.inf)
 WORST = 0.01  # relative RMS error of any result; bfloat16 rounds to 0.002
@@ -35,20 +38,14 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "bias")
 
 def variants():
     """Kind and settings, after the defaults: the most promising first. SEGMENTS: a number for every row."""
-    keys = {"BLOCK_N": 128, "HEADS": 64, "TRACE": 1, "num_warps": 8, "num_stages": 3}
-    rows = {"BLOCK_Q": 128, "HEADS": 64, "num_warps": 8, "num_stages": 3}
     piece = {"tokens": 2048, "tile": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
-    yield "KEYS", keys
+    yield "EVEN", {"even": False}
+    yield "SEGMENTS", {"segments": 2}
     yield "SEGMENTS", {"segments": 4}
     yield "SEGMENTS", {"segments": 8}
-    yield "MARCH", {"taken": (128,)}
     yield "PIECE", piece | {"tokens": 1024}
-    yield "PIECE", piece | {"tokens": 4096, "tile": 128, "num_stages": 2}
     yield "PIECE", piece | {"BLOCK_N": 64, "num_stages": 4}
-    yield "WIDE", rows | {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 2}
-    yield "VALUES", rows | {"num_stages": 2}
-    yield "KEYS", keys | {"num_stages": 2}
-    yield "KEYS", keys | {"BLOCK_N": 64}
+    yield "PAIRS", {"BLOCK_I": 64, "BLOCK_J": 64, "HEADS": 32, "num_warps": 4, "num_stages": 4}
 
 
 def draw(batch, tokens, modes, heads=64, channels=64):
@@ -64,16 +61,14 @@ def draw(batch, tokens, modes, heads=64, channels=64):
 
 
 def whole(v):
-    """Calls of the forward and the backward. chosen: what the operator takes."""
+    """Calls of the forward, by the walk, by the march in whole sequences and as the operator does; of the backward."""
     from zoo.ops.ssd.kernels import segments, walk, wide
-    from zoo.ops.ssd.triton_path import forward_of
 
     common = (v["x"], v["dt"], v["A"], v["B"], v["C"], v["D"], v["bias"], True, LIMITS, None, None)
     return {
-        "WALK": lambda: walk.forward(*common),
+        "WALK": lambda: walk.walked(*common),
+        "MARCH": lambda: walk.forward(*common),
         "SEGMENTS": lambda: segments.forward(*common),
-        "forward": lambda: wide.forward(*common),
-        "chosen": lambda: forward_of(*common[:8], *LIMITS, *common[9:]),
         "backward": lambda: wide.backward(v["dy"], None, *common),
     }
 
@@ -81,15 +76,14 @@ def whole(v):
 def pieces(v):
     """Calls of each kernel by the name of its settings, and of the whole. States and pairs are zeros: times only."""
     from zoo.ops.semiseparable.kernels.chunks import chunks_of, decay_sums
-    from zoo.ops.ssd.kernels import launch, segments
+    from zoo.ops.ssd.kernels import launch, march_launch, segments
 
     x, dy, B, C, D = (v[name] for name in ("x", "dy", "B", "C", "D"))
     heads, channels, modes = *x.shape[2:], B.shape[3]
     chunks = chunks_of(x, None, launch.CHUNK)
     s, r = decay_sums(chunks, v["dt"], v["A"], v["bias"], True, LIMITS, finite=True)
     S, R = (torch.zeros(chunks.count, heads, modes, channels, dtype=x.dtype, device=x.device) for _ in range(2))
-    share = launch.PAIRS["HEADS"]
-    K = torch.zeros(chunks.count, heads // share, launch.CHUNK, launch.CHUNK, device=x.device)
+    K = torch.zeros(chunks.count, heads // launch.PAIRS["HEADS"], launch.CHUNK, launch.CHUNK, device=x.device)
     row, col = (
         torch.zeros(launch.CHUNK // launch.PAIRS[block], heads, chunks.count, launch.CHUNK, device=x.device)
         for block in ("BLOCK_J", "BLOCK_I")
@@ -98,7 +92,7 @@ def pieces(v):
     read, flow = (torch.zeros(planes, *kind, device=x.device) for kind in (row.shape[1:], row.shape[1:3]))
     walks = chunks.sequences * heads
     wide = modes > 128
-    short = chunks_of(x, None, 64)
+    short = chunks_of(x, None, march_launch.blocks_for(modes).chunk)
     fine = decay_sums(short, v["dt"], v["A"], v["bias"], True, LIMITS)
     count = max(2, segments.segments_for(walks, x.shape[1]))
     return {
@@ -108,11 +102,9 @@ def pieces(v):
         ),
         "SUMS": lambda: decay_sums(chunks, v["dt"], v["A"], v["bias"], True, LIMITS, finite=True),
         "SWEEP": lambda: launch.sweep(chunks, x, dy, B, C, s, r, None, None, launch.sweep_blocks(2 * walks)),
-        "SWEEP ahead": lambda: launch.sweep(chunks, x, None, B, C, s, r, None, None, launch.sweep_blocks(walks)),
         "VALUES": lambda: launch.values(chunks, dy, B, C, s, r, R, D, launch.WIDE if wide else launch.VALUES),
         "PAIRS": lambda: launch.pairs(chunks, x, dy, B, C, s, r, True, launch.PAIRS),
         "KEYS": lambda: launch.keys(chunks, x, dy, B, C, s, r, S, R, K, launch.KEYS),
-        "OUTPUTS": lambda: launch.outputs(chunks, x, B, C, s, r, S, D, launch.WIDE if wide else launch.OUTPUTS),
         **whole(v),
     }
 
@@ -139,7 +131,7 @@ def verdict(v, truth, only=""):
     segments.SHORTEST = 64  # so that few tokens are cut too
     got, again = (
         dict(zip(NAMES, run["backward"](), strict=False))
-        | {f"y {way}": run[way]()[0] for way in ("forward", "SEGMENTS", "chosen")}
+        | {f"y {way}": run[way]()[0] for way in ("WALK", "MARCH", "SEGMENTS")}
         for _ in range(2)
     )
     segments.SHORTEST = shortest
@@ -153,10 +145,18 @@ def verdict(v, truth, only=""):
     return f"{words} ({worst} {found[worst]:.1e}){'' if same else ' UNSTEADY'}", found
 
 
-def ms(run):
+def ms(run, seconds=0.012):
+    """Median of the replays of a CUDA graph of one call."""
     from zoo.bench.timing import median, time_samples
 
-    return round(median(time_samples(run, torch.device("cuda"), 0.012)), 4)
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+    found = median(time_samples(graph.replay, torch.device("cuda"), seconds))
+    del kept, graph
+    return round(found, 4)
 
 
 def use(kind, options):
@@ -165,8 +165,8 @@ def use(kind, options):
 
     if kind == "SEGMENTS":
         home, name, new = segments, "segments_for", lambda walks, tokens: options["segments"]
-    elif kind == "MARCH":
-        home, name, new = march_launch, "TAKEN", options["taken"]
+    elif kind == "EVEN":
+        home, name, new = march_launch, "whole", lambda chunks: options["even"]
     else:
         home, name, new = (segments if kind == "PIECE" else launch), kind, options
     old = getattr(home, name)
@@ -176,7 +176,7 @@ def use(kind, options):
 
 def asked(kind, run):
     """Names of the calls that a kind of settings changes."""
-    names = {"WIDE": ("VALUES", "OUTPUTS"), "PIECE": ("PIECE", "SEGMENTS"), "MARCH": ("WALK", "SEGMENTS")}
+    names = {"PIECE": ("PIECE", "SEGMENTS"), "EVEN": ("MARCH", "SEGMENTS")}
     return [name for name in names.get(kind, (kind,)) if name in run]
 
 
@@ -191,7 +191,7 @@ def compile_part(place):
     else:
         kind, options = list(variants())[place - len(ROWS)]
         use(kind, options)
-        run = [pieces(draw(1, 2048, modes)) for modes in ((256,) if kind == "WIDE" else (128, 256))]
+        run = [pieces(draw(1, 2048, modes)) for modes in (64, 128, 256)]
         calls = [part[name] for part in run for name in asked(kind, part)]
     for call in calls:
         call()
@@ -214,30 +214,28 @@ def main():
     if sys.argv[1:2] == ["--warm"]:
         return compile_part(int(sys.argv[2]))
     warm()
-    smalls = {modes: draw(1, 1000, modes) for modes in (128, 256)}
-    slow = {**smalls[128], "bias": smalls[128]["bias"] + SLOW}
-    truths = {modes: exact(small) for modes, small in smalls.items()}
+    smalls = [draw(*sizes) for sizes in SMALLS]
+    slow = {**smalls[0], "bias": smalls[0]["bias"] + SLOW}
+    truths = [exact(small) for small in smalls]
     out = []
-    for modes, small in smalls.items():
-        print("defaults N", modes, verdict(small, truths[modes])[0], flush=True)
+    for sizes, small, truth in zip(SMALLS, smalls, truths, strict=True):
+        print("defaults B, T, N", sizes, verdict(small, truth)[0], flush=True)
     print("slow", verdict(slow, exact(slow), "y")[0], flush=True)
     rows = {name: pieces(draw(*sizes)) for name, sizes in ROWS.items()}
     for name, run in rows.items():
         times = {kind: ms(call) for kind, call in run.items()}
         out.append({"row": name, "ms": times})
         print(name, times, flush=True)
-    for name in ("B2 T16384", "B1 T65536"):
+    for name in ("B2 T16384", "B1 T65536", "B1 T65536 N64"):
         v = draw(*ROWS[name])
         run = whole(v | {"bias": v["bias"] + SLOW})
-        out.append({"row": name + " slow", "ms": {"SEGMENTS": ms(run["SEGMENTS"]), "forward": ms(run["forward"])}})
+        out.append({"row": name + " slow", "ms": {"SEGMENTS": ms(run["SEGMENTS"])}})
         print(out[-1], flush=True)
     for kind, options in variants():
         back = use(kind, options)
         try:
-            modes = 256 if kind == "WIDE" else 128
-            words, bad = verdict(smalls[modes], truths[modes])
-            kept = {name: run for name, run in rows.items() if kind != "WIDE" or name.endswith("N256")}
-            times = {name: [ms(run[part]) for part in asked(kind, run)] for name, run in kept.items()}
+            words, bad = verdict(smalls[0], truths[0])
+            times = {name: [ms(run[part]) for part in asked(kind, run)] for name, run in rows.items()}
             out.append({"kind": kind, "options": options, "errors": bad, "ms": times})
             print(kind, options, words, times, flush=True)
         except Exception as error:

@@ -40,6 +40,7 @@ def check(given: dict[str, torch.Tensor], ends: list[int] | None = None, blocks:
         (70, PACKED, {"width": 48, "channels": 32}, Blocks(32, 64, 1, 4, 3)),
         (33, None, {"width": 48, "channels": 32, "batch": 2}, Blocks(32, 64, 1, 4, 3, False)),
         (33, None, {"width": 144, "channels": 40, "heads": 1, "groups": 1, "batch": 2}, None),
+        (70, PACKED, {"width": 144, "channels": 32, "heads": 2}, None),
         (40, None, {"width": 16, "channels": 80, "groups": 1, "absent": ("D", "dt_bias", "initial_state")}, None),
         (40, None, {"width": 128, "channels": 64, "heads": 2, "groups": 1}, Blocks(32, 128, 2, 8, 2)),
         (70, None, {"width": 32, "channels": 128, "heads": 1, "groups": 1}, Blocks(64, 128, 1, 8, 2)),
@@ -66,12 +67,13 @@ def test_a_head_that_forgets_at_once_and_one_without_steps(device: str) -> None:
     check(given)
 
 
-def test_which_sizes_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_sizes_are_served() -> None:
     def asked(dtype: torch.dtype = torch.bfloat16, heads: int = 4, channels: int = 64, width: int = 64) -> bool:
         x = torch.empty(1, 2, heads, channels, dtype=dtype)
         return march_launch.serves(x, torch.empty(1, 2, 2, width, dtype=dtype))
 
-    monkeypatch.setattr(march_launch, "TAKEN", (64, 256))
-    assert all((asked(), asked(width=32), asked(width=144), asked(channels=32), asked(channels=48)))
-    assert not any(asked(width=width) for width in (16, 72, 128, 272))
+    assert all((asked(), asked(channels=32), asked(channels=48)))
+    assert all(asked(width=width) for width in (16, 48, 128, 144, 256))
+    assert not any(asked(width=width) for width in (8, 72, 272))
     assert not any((asked(torch.float16), asked(channels=32, heads=2), asked(channels=16)))
+    assert all((asked(width=256, channels=16), asked(width=256, channels=32, heads=2)))

@@ -14,6 +14,7 @@ from ssd_cases import check_ssd, ssd_inputs
 
 pytest.importorskip("triton")
 
+from zoo.ops.kernels.launcher import start
 from zoo.ops.kernels.rows import cdiv
 from zoo.ops.semiseparable.kernels.chunks import chunks_of, decay_sums
 from zoo.ops.ssd.kernels import march_launch, segments
@@ -75,12 +76,25 @@ def test_pieces_of_several_chunks_are_within_budget(
 
 
 @pytest.mark.parametrize("channels", [32, 64])
-def test_marches_along_segments_are_within_budget(device: str, monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
+@pytest.mark.parametrize("tokens", [150, 160])
+def test_marches_along_segments_are_within_budget(
+    device: str, monkeypatch: pytest.MonkeyPatch, channels: int, tokens: int
+) -> None:
     cut(monkeypatch, 2)
-    monkeypatch.setattr(march_launch, "TAKEN", tuple(march_launch.TABLE))
-    given = ssd_inputs(device, 150, torch.bfloat16, heads=2, groups=1, channels=channels, **SLOW)
+    given = ssd_inputs(device, tokens, torch.bfloat16, batch=2, heads=2, groups=1, channels=channels, **SLOW)
     assert march_launch.serves(given["x"], given["B"])
+    asked = []
+    monkeypatch.setattr(march_launch, "start", lambda *given: asked.append(given[2]) or start(*given))
     check(given)
+    assert [constants["EVEN"] for constants in asked] == [tokens % march_launch.blocks_for(16).chunk == 0]
+
+
+def test_marches_along_segments_of_packed_sequences_are_within_budget(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(monkeypatch, 2)
+    ends = [0, 0, 5, 69, 69, 160]
+    check(ssd_inputs(device, 160, torch.bfloat16, heads=2, groups=1, channels=64, sequences=5, **SLOW), ends)
 
 
 def test_segments_of_packed_sequences_are_within_budget(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,15 +143,23 @@ def test_time_steps_of_nan_stay_nan_in_later_segments(device: str, monkeypatch: 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("sizes", "ends"), [({"batch": 2}, None), ({"sequences": 3}, [0, 1000, 1000, 3000])])
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "ends"),
+    [(3000, {"batch": 2}, None), (3072, {"batch": 2}, None), (3000, {"sequences": 3}, [0, 1000, 1000, 3000])],
+)
 @pytest.mark.parametrize("rate", [4.0, 0.01])
 def test_long_sequences_are_within_budget_and_steady_on_a_gpu(
-    device: str, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], ends: list[int] | None, rate: float
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    sizes: dict[str, int],
+    ends: list[int] | None,
+    rate: float,
 ) -> None:
     if device != "cuda":
         pytest.skip("needs a CUDA device: too large for Triton's interpreter")
     monkeypatch.setattr(segments, "SHORTEST", 256)
-    given = ssd_inputs(device, 3000, torch.bfloat16, heads=16, groups=1, width=128, channels=64, rate=rate, **sizes)
+    given = ssd_inputs(device, tokens, torch.bfloat16, heads=16, groups=1, width=128, channels=64, rate=rate, **sizes)
     check_ssd(given, ends)
     cu_seqlens = None if ends is None else torch.tensor(ends, device=device)
     y, final = ssd(**given, dt_softplus=True, cu_seqlens=cu_seqlens, backend="triton")

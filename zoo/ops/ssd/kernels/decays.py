@@ -95,5 +95,5 @@ def decays(
         Q=chunks.size, BLOCK_I=chunks.size // col.shape[0], BLOCK_J=chunks.size // row.shape[0],
         PLANES=read.shape[0], BLOCK_H=block, PACKED=chunks.packed, num_warps=4,
     )  # fmt: skip
-    dA, dbias, dD = sums.sum(1)
-    return ddt, dA, None if bias is None else dbias, None if skip is None else dD
+    dbias, dD = (None if part is None else sums[i].sum(0) for part, i in ((bias, 1), (skip, 2)))
+    return ddt, sums[0].sum(0), dbias, dD

@@ -41,10 +41,24 @@ def blocks_for(modes: int) -> Blocks:
 
 
 def serves(x: Tensor, B: Tensor) -> bool:
-    """Whether x [B,T,H,P] and B [B,T,G,N] are for the march: rows of wgmma are 64, channels of one head or of two."""
+    """Whether x [B,T,H,P] and B [B,T,G,N] are for the march: rows of wgmma are 64, channels of one head or of two.
+
+    Fewer channels leave rows empty; beside more than 128 modes that is still less work than a walk.
+    """
     (heads, channels), (groups, width) = x.shape[2:], B.shape[2:]
-    paired = channels == 32 and heads // groups % 2 == 0
-    return x.dtype == torch.bfloat16 and width <= max(TABLE) and width % 16 == 0 and (paired or channels > 32)
+    filled = channels > 32 or (channels == 32 and heads // groups % 2 == 0)
+    return x.dtype == torch.bfloat16 and width <= max(TABLE) and width % 16 == 0 and (filled or width > 128)
+
+
+def programs(blocks: Blocks, heads: int, groups: int, channels: int) -> int:
+    """Of a march along one sequence."""
+    together = _together(blocks, heads, groups, channels)
+    return heads // together * cdiv(channels * together, blocks.rows)
+
+
+def _together(blocks: Blocks, heads: int, groups: int, channels: int) -> int:
+    """Heads of one program."""
+    return 2 if blocks.rows == 2 * channels and heads // groups % 2 == 0 else 1
 
 
 class Before(NamedTuple):
@@ -85,10 +99,9 @@ FLAGS = ("HAS_D", "HAS_START", "PACKED", "EVEN", "SAME")
 @lru_cache(maxsize=256)
 def _constants(blocks: Blocks, H: int, G: int, N: int, P: int, *flags: bool) -> Constants:
     """Constants and options of a launch. flags: values of FLAGS."""
-    heads = 2 if blocks.rows == 2 * P and H // G % 2 == 0 else 1
     register = {} if blocks.registers is None else {"maxnreg": blocks.registers}
     return Constants({
-        "H": H, "G": G, "N": N, "P": P, "Q": blocks.chunk, "ROWS": blocks.rows, "HEADS": heads,
+        "H": H, "G": G, "N": N, "P": P, "Q": blocks.chunk, "ROWS": blocks.rows, "HEADS": _together(blocks, H, G, P),
         "WIDTH": next_power_of_2(N) // blocks.parts, "PARTS": blocks.parts, "OVERLAP": blocks.overlap,
         **dict(zip(FLAGS, flags, strict=True)), "num_warps": blocks.warps, "num_stages": blocks.stages, **register,
     })  # fmt: skip
@@ -108,9 +121,8 @@ def march(
         blocks, heads, groups, width, channels,
         D is not None, begin is not None, cu_seqlens is not None, even, B_stride == C_stride,
     )  # fmt: skip
-    programs = heads // constants["HEADS"] * cdiv(channels * constants["HEADS"], blocks.rows)
     start(
-        march_kernel, (final.shape[0] * programs,), constants,
+        march_kernel, (final.shape[0] * programs(blocks, heads, groups, channels),), constants,
         x, B, C, made.s, made.r, made.scores, D, begin, cu_seqlens, first, y, final,
         tokens, cdiv(tokens, blocks.chunk), made.s.shape[1], x_stride, B_stride, C_stride,
     )  # fmt: skip

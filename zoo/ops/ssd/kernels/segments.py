@@ -222,10 +222,10 @@ def forward(
 
 def programs(x: Tensor, B: Tensor) -> int:
     """Of a walk, or of a march, along one sequence."""
+    (heads, channels), (groups, modes) = x.shape[2:], B.shape[2:]
     if march_launch.serves(x, B):
-        rows = march_launch.blocks_for(B.shape[3]).rows
-        return x.shape[2] // 2 if 2 * x.shape[3] == rows else x.shape[2] * cdiv(x.shape[3], rows)
-    return x.shape[2] * cdiv(x.shape[3], blocks_for(x.dtype, B.shape[3]).channels)
+        return march_launch.programs(march_launch.blocks_for(modes), heads, groups, channels)
+    return heads * cdiv(channels, blocks_for(x.dtype, modes).channels)
 
 
 def states(
