@@ -1,6 +1,6 @@
 """Causal FAVOR+ in bfloat16: checks and times variants of the walks in one run; what is counted stands in performer.md.
 
-    python benchmarks/notes/favor_engine.py     the whole run (GPU, 90 s); JSON lines to $OUT/favor_engine.json
+    python benchmarks/notes/favor_engine.py     the whole run (GPU, 60 s); JSON lines to $OUT/favor_engine.json
 
 Every variant is compiled and checked in a process of its own (compilations run side by side and a kernel that dies
 takes nobody along), then the right ones are timed one after another, a line at once for each; the operator with the
@@ -27,43 +27,31 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "specs")]
 NAMES = ("y", "final", "dq", "dk", "dv")
 ALLOWED = 8 * 2.0**-7  # relative RMS, the floor of the conformance budget in bfloat16
 HEADS = 16  # a constant of the kernels: the same in checks and timings, so that what was compiled is found again
-BUDGET, CHECKS, WORKERS = 88.0, 50.0, 12  # seconds of all, of the checks; processes
+BUDGET, CHECKS, WORKERS = 58.0, 35.0, 5  # seconds of all, of the checks; processes
 
 
 def variants() -> list[dict[str, Any]]:
-    """Tables of the launcher, the default first; "old": the kernels before the walks."""
-    lean = {
-        "CHUNK": 64, "BLOCK_M": 64, "SHARE": 2, "RUN": 32, "AHEAD": True, "PLAIN": False,
-        "num_warps": 4, "num_stages": 1,
-    }  # fmt: skip
-    broad = lean | {"CHUNK": 128, "BLOCK_M": 128, "SHARE": 1, "num_warps": 8}
+    """Tables of the launcher, the default first; "walk": the walks that serve other widths."""
+    names = ("CHUNK", "BLOCK_M", "SHARE", "RUN", "AHEAD", "num_warps", "num_stages")
+    read = dict(zip(names, (128, 128, 1, 32, True, 8, 1)))
+    gradient = dict(zip(names, (64, 64, 2, 32, False, 4, 1)))
 
-    def lean_of(read: dict[str, Any], gradient: dict[str, Any], **more: Any) -> dict[str, Any]:
-        return {"scheme": "lean", "weights": "half", "lean_read": read, "lean_gradient": gradient} | more
+    def lean(read: dict[str, Any], gradient: dict[str, Any]) -> dict[str, Any]:
+        return {"scheme": "lean", "lean_read": read, "lean_gradient": gradient}
 
-    names = ("CHUNK", "BLOCK_M", "RUN", "num_warps", "num_stages")
-    walk = {"read": dict(zip(names, (64, 128, 32, 4, 1))), "gradient": dict(zip(names, (64, 64, 32, 4, 1)))}
     return [
-        walk | {"scheme": "walk", "weights": "half"},
-        lean_of(lean, lean),
-        lean_of(lean, lean, weights="split"),
-        lean_of(lean | {"PLAIN": True}, lean | {"PLAIN": True}),
-        lean_of(broad, lean | {"AHEAD": False}),
-        lean_of(lean | {"AHEAD": False}, lean | {"SHARE": 1}),
-        lean_of(lean | {"SHARE": 1}, broad),
-        lean_of(broad, lean, weights="split"),
-        walk | {"scheme": "walk", "weights": "split"},
+        lean(read, gradient),
+        lean(read | {"AHEAD": False}, gradient | {"RUN": 64}),
+        lean(read | {"RUN": 64}, gradient | {"SHARE": 1}),
+        lean(read, gradient | {"CHUNK": 128, "SHARE": 1, "num_warps": 8}),
+        {"scheme": "walk"},
     ]
 
 
 def label(table: dict[str, Any]) -> str:
     """One variant in a few words."""
-    parts = [
-        " ".join(str(x) for x in table[k].values())
-        for k in ("read", "gradient", "lean_read", "lean_gradient")
-        if k in table
-    ]
-    return " | ".join([f"{table['scheme']} {table.get('weights', '')}", *parts])
+    parts = [" ".join(str(x) for x in table[k].values()) for k in ("lean_read", "lean_gradient") if k in table]
+    return " | ".join([table["scheme"], *parts])
 
 
 def draw(batch: int, tokens: int, heads: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -81,12 +69,11 @@ def draw(batch: int, tokens: int, heads: int, scale: float = 1.0) -> dict[str, t
 
 def install(table: dict[str, Any]) -> None:
     """Let the operator use this variant."""
-    from zoo.ops.favor_attention.kernels import launch, walk_launch
+    from zoo.ops.favor_attention.kernels import launch, walk_launch, walk_lean_launch
 
-    launch.serves = (lambda *sizes: False) if table["scheme"] == "old" else walk_launch.serves
-    known = ("read", "gradient", "lean_read", "lean_gradient", "weights")
-    walk_launch.TABLE.update({name: part for name, part in table.items() if name in known})
-    walk_launch.TABLE.update(dict.fromkeys(("forward", "backward"), table["scheme"]))
+    lean = table["scheme"] == "lean"
+    launch.serves_lean = walk_lean_launch.serves_lean if lean else (lambda *sizes: False)
+    walk_launch.TABLE.update({name: part for name, part in table.items() if name != "scheme"})
 
 
 def outcome(given: dict[str, torch.Tensor], backend: str) -> dict[str, torch.Tensor]:
@@ -107,20 +94,13 @@ def relative(a: torch.Tensor, e: torch.Tensor) -> float:
 
 def launches(table: dict[str, Any], given: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Every launch of the installed variant with its sum over slices, by what it computes."""
-    from zoo.ops.favor_attention.kernels import launch, walk_launch
+    from zoo.ops.favor_attention.kernels import walk_launch
 
     q, k, v, dy, w = (given[name] for name in ("q", "k", "v", "dy", "projection"))
     starts = torch.arange(q.shape[0], device="cuda") * q.shape[1]
     spans = (starts, starts + q.shape[1]) * 2
     log_total, y = torch.zeros(*q.shape[:3], device="cuda"), torch.zeros_like(v)
     state = torch.zeros(q.shape[0], HEADS, 256, 130, device="cuda")
-    if table["scheme"] == "old":
-        options = (spans, False, False, True, 0.0)
-        return {
-            "forward": lambda: launch.forward(q, k, v, w, None, *options),
-            "backward": lambda: launch.backward(
-                dy, log_total, state, q, k, v, w, None, y, log_total, state, *options),
-        }  # fmt: skip
     delta, last = torch.zeros_like(log_total), state.clone()
     if table["scheme"] == "lean":
         return lean_launches(given, spans[0], spans[1], log_total, delta, state, last)
@@ -219,7 +199,7 @@ def time_child(indices: list[int], until: float) -> None:
         table = variants()[index]
         install(table)
         ms = {name: median(run) for name, run in launches(table, given).items()}
-        key = f"{table['scheme']} {table.get('weights', '')}"
+        key = table["scheme"]
         if key not in best or sum(ms.values()) < best[key][0]:
             best[key] = (sum(ms.values()), table)
         print(json.dumps({"index": index, "ms": ms, "what": label(table)}), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from zoo.ops.favor_attention.kernels.features import (
+    add_written,
     enter,
     half_square,
     leave,
@@ -12,7 +13,7 @@ from zoo.ops.favor_attention.kernels.features import (
     load_projection,
     load_rows,
     place,
-    project_rows,
+    project_tokens,
     slope_of,
     write,
 )
@@ -59,6 +60,7 @@ def causal_gradient_kernel(
     state_at = (sequence * H + head) * M * (P + 2)
 
     sums, total, top = enter(first_ptr, state_at, m, p, in_m, in_p, P, HAS_FIRST, True, BLOCK_M, BLOCK_P)
+    lost = tl.zeros_like(sums)
     passed = length - length
     while passed < length:
         t, in_seq = place(start, length, passed, step, REVERSE)
@@ -75,14 +77,21 @@ def causal_gradient_kernel(
         else:
             below_read, below_written = log_total, half_square(written, half_scale, 1)
             weight, mass = delta, one
-        features, scale, leaving, count = write(
-            project_rows(written, hi_ptr, lo_ptr, m, n, in_m, in_n, N, SPLIT), below_written,
-            in_m[None, :] & in_seq[:, None], top, step, feature_eps, RELU, REVERSE, 0, CHUNK,
+        log = project_tokens(
+            writer_ptr, written, t, writer_stride_t, hi_ptr, lo_ptr, m, n, in_seq, in_m, in_n,
+            N, SPLIT, False, CHUNK, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        dash = project_rows(read, hi_ptr, lo_ptr, m, n, in_m, in_n, N, SPLIT)  # [CHUNK, BLOCK_M]
+        features, scale, leaving, count = write(
+            log, below_written, in_m[None, :] & in_seq[:, None], top, step, feature_eps, RELU, REVERSE, 0, CHUNK
+        )  # fmt: skip
+        dash = project_tokens(
+            reader_ptr, read, t, reader_stride_t, hi_ptr, lo_ptr, m, n, in_seq, in_m, in_n,
+            N, SPLIT, False, CHUNK, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         if not RELU:
             kept = exp(top - scale)
             sums *= kept[None, :]
+            lost *= kept[None, :]
             total *= kept
         slope = slope_of(dash, below_read, scale, in_m, RELU, REVERSE)
         pairs = product(beside, payload, OPERAND) - weight[:, None] * mass[None, :]  # [CHUNK, CHUNK]
@@ -99,11 +108,12 @@ def causal_gradient_kernel(
                 grad -= read.to(tl.float32) * (tl.sum(felt, axis=1) * (2.0 * half_scale))[:, None]
             grad_at = grad_at[:, None] * N + n[None, :]
             tl.store(grad_ptr + grad_at, grad.to(grad_ptr.dtype.element_ty), mask=admitted[:, None] & in_n[None, :])
-        sums += product(payload, features, OPERAND)
+        sums, lost = add_written(sums, lost, payload, features, OPERAND)
         total += tl.sum(features * mass[:, None], axis=0)
         if not RELU:
             kept = exp(scale - leaving)
             sums *= kept[None, :]
+            lost *= kept[None, :]
             total *= kept
         top = leaving
         passed += count

@@ -5,14 +5,14 @@ from __future__ import annotations
 import triton.language as tl
 
 from zoo.ops.favor_attention.kernels.features import (
+    add_written,
     enter,
     half_square,
     leave,
     load_columns,
     load_rows,
     place,
-    project_columns,
-    project_rows,
+    project_tokens,
     write,
 )
 from zoo.ops.kernels.launcher import launched
@@ -52,6 +52,7 @@ def causal_read_kernel(
     state_at = (sequence * H + head) * M * (P + 2)
 
     sums, total, top = enter(first_ptr, state_at, m, p, in_m, in_p, P, HAS_FIRST, False, BLOCK_M, BLOCK_P)
+    lost = tl.zeros_like(sums)
     passed = length - length
     while passed < length:
         t, in_seq = place(start, length, passed, step, REVERSE)
@@ -62,17 +63,24 @@ def causal_read_kernel(
             below = tl.load(log_total_ptr + t * H + head, mask=in_seq, other=0.0)  # [CHUNK]
         else:
             below = half_square(written, half_scale, 0)
-        features, scale, leaving, count = write(
-            project_columns(written, hi_ptr, lo_ptr, m, n, in_m, in_n, N, SPLIT), below,
-            in_m[:, None] & in_seq[None, :], top, step, feature_eps, RELU, REVERSE, 1, CHUNK,
+        log = project_tokens(
+            writer_ptr, written, t, writer_stride_t, hi_ptr, lo_ptr, m, n, in_seq, in_m, in_n,
+            N, SPLIT, True, CHUNK, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        dash = project_rows(read, hi_ptr, lo_ptr, m, n, in_m, in_n, N, SPLIT)  # [CHUNK, BLOCK_M]
+        features, scale, leaving, count = write(
+            log, below, in_m[:, None] & in_seq[None, :], top, step, feature_eps, RELU, REVERSE, 1, CHUNK
+        )  # fmt: skip
+        dash = project_tokens(
+            reader_ptr, read, t, reader_stride_t, hi_ptr, lo_ptr, m, n, in_seq, in_m, in_n,
+            N, SPLIT, False, CHUNK, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         highest = tl.zeros([CHUNK], tl.float32)
         if RELU:
             queries = tl.where(in_m[None, :], tl.maximum(dash, 0.0) + feature_eps, 0.0)
         else:
             kept = exp(top - scale)
             sums *= kept[:, None]
+            lost *= kept[:, None]
             total *= kept
             logits = tl.where(in_m[None, :], dash + scale[None, :], float("-inf"))
             if REVERSE:
@@ -93,11 +101,12 @@ def causal_read_kernel(
             tl.store(out_log_ptr + (slice_at + t) * H + head, log_total, mask=admitted)
         out_at = ((slice_at + t) * H + head)[:, None] * P + p[None, :]
         tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=admitted[:, None] & in_p[None, :])
-        sums += product(features, payload, OPERAND)
+        sums, lost = add_written(sums, lost, features, payload, OPERAND)
         total += tl.sum(features, axis=1)
         if not RELU:
             kept = exp(scale - leaving)
             sums *= kept[:, None]
+            lost *= kept[:, None]
             total *= kept
         top = leaving
         passed += count

@@ -5,9 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.ops.kernels.primitives import dot, exp
+from zoo.ops.kernels.primitives import add_product, dot, exp
+from zoo.ops.semiseparable.kernels.decay import product
 
 LEAST = tl.constexpr(-3.4028234663852886e38)  # the running maximum without a key
+PIECE = tl.constexpr(16)  # channels whose products are added up one by one in float32
 LIMIT = tl.constexpr(40.0)  # most that a writer's logarithm exceeds the running maximum of its chunk
 
 
@@ -43,6 +45,49 @@ def project_columns(x, hi_ptr, lo_ptr, m, n, in_m, in_n, N: tl.constexpr, SPLIT:
     if SPLIT:
         dash = dot(tl.load(lo_ptr + at, mask=mask, other=0.0), x, dash)
     return dash
+
+
+@triton.jit
+def project_tokens(
+    ptr, x, t, stride_t, hi_ptr, lo_ptr, m, n, in_seq, in_m, in_n,
+    N: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """<w, x'> [CHUNK, BLOCK_M], or [BLOCK_M, CHUNK] if COLUMNS, of tokens t; x: their tile.
+
+    In float32 piece by piece: N products added up one by one would err by several units in the last place of a
+    logarithm, and so every weight.
+    """
+    if hi_ptr.dtype.element_ty == tl.float32:
+        if COLUMNS:
+            dash = tl.zeros([BLOCK_M, CHUNK], tl.float32)
+        else:
+            dash = tl.zeros([CHUNK, BLOCK_M], tl.float32)
+        lost = tl.zeros_like(dash)
+        for piece in tl.static_range(0, BLOCK_N // PIECE):
+            each = piece * PIECE + tl.arange(0, PIECE)
+            known = each < N
+            if COLUMNS:
+                w = load_projection(hi_ptr, m, each, in_m, known, N)
+                dash, lost = add_product(dash, lost, w, load_columns(ptr, t, stride_t, each, in_seq, known))
+            else:
+                w = load_columns(hi_ptr, m, N, each, in_m, known)
+                dash, lost = add_product(dash, lost, load_rows(ptr, t, stride_t, each, in_seq, known), w)
+    elif COLUMNS:
+        dash = project_columns(x, hi_ptr, lo_ptr, m, n, in_m, in_n, N, SPLIT)
+    else:
+        dash = project_rows(x, hi_ptr, lo_ptr, m, n, in_m, in_n, N, SPLIT)
+    return dash
+
+
+@triton.jit
+def add_written(sums, lost, a, b, OPERAND: tl.constexpr):
+    """sums + a @ b, and in float32 what rounding took from it: sums over all tokens would lose digits."""
+    if tl.float32 == OPERAND:
+        sums, lost = add_product(sums, lost, a, b)
+    else:
+        sums += product(a, b, OPERAND)
+    return sums, lost
 
 
 @triton.jit
