@@ -104,6 +104,7 @@ def test_packed_sequences_are_within_budget(device: str, ends: list[int], kind: 
         (128, 64, torch.bfloat16),
         (128, 128, torch.bfloat16),
         (200, 70, torch.bfloat16),
+        (128, 16, torch.bfloat16),
         (256, 16, torch.bfloat16),
         (256, 32, torch.bfloat16),
         (256, 256, torch.bfloat16),

@@ -101,6 +101,7 @@ def test_views_of_a_wider_projection_are_served_without_a_copy_of_their_values(d
         (128, 64),
         (128, 128),
         (128, 16),
+        (128, 32),
         (64, 64),
         (256, 16),
         (256, 32),

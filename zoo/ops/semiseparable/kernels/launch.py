@@ -35,7 +35,7 @@ def sizes_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Sizes:
 
     A [CHUNK, BLOCK_N] tile of a dot operand stays within 32 KB, so that two stages of q and k fit in shared memory.
     IEEE float32 products run without tensor cores and hold their operands in registers: shorter chunks, more warps.
-    One tile of 16 or 32 columns beside more than 128 rows: gradients were wrong on an H100 with the assembler of Triton
+    One tile of 16 or 32 columns beside 128 rows or more: gradients were wrong on an H100 with the assembler of Triton
     3.6, ptxas 12.8, and right with 13.0. Two such tiles, or one of 64, are right with both.
     """
     B, T, H, P = v.shape
