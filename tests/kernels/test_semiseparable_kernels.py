@@ -118,6 +118,18 @@ def test_every_width_is_within_budget(device: str, width: int, channels: int, dt
     assert_within_budget(given)
 
 
+@pytest.mark.parametrize(
+    ("width", "channels", "columns"),
+    [(64, 16, 16), (128, 16, 64), (128, 32, 64), (128, 40, 64), (256, 16, 64), (256, 32, 64), (256, 40, 32)],
+)
+def test_no_single_tile_is_narrow_beside_wide_states(width: int, channels: int, columns: int) -> None:
+    """decisions/0008: one tile of 16 or 32 columns beside 128 modes and more is assembled wrongly."""
+    from zoo.ops.semiseparable.kernels.launch import sizes_of
+
+    q, v = (torch.empty(1, 70, 2, size, dtype=torch.bfloat16) for size in (width, channels))
+    assert sizes_of(q, v, None).blocks["BLOCK_P"] == columns
+
+
 @pytest.mark.parametrize("absent", [("log_decay",), ("scale",), ("initial_state",), NAMES[3:]])
 @pytest.mark.parametrize("ends", [None, PACKED])
 def test_absent_inputs_are_within_budget(device: str, absent: tuple[str, ...], ends: list[int] | None) -> None:

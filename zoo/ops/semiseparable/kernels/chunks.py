@@ -114,21 +114,16 @@ def time_steps(raw, HAS_SOFTPLUS: tl.constexpr, low, high):
     return reached, clamped
 
 
-@launched(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
-def sums_kernel(
-    dt_ptr, bias_ptr, A_ptr, table_ptr, s_ptr, r_ptr,  # [B,T,H] [H] [H] -> [H,count,Q] twice
-    T, PER_SEQUENCE, COUNT, stride, low, high,
-    H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTPLUS: tl.constexpr,
-    Q: tl.constexpr, BLOCK_H: tl.constexpr, PACKED: tl.constexpr, FINITE: tl.constexpr,
+@triton.jit
+def store_sums(
+    dt_ptr, bias_ptr, A_ptr, s_ptr, r_ptr, chunk, h, first, live, stride, COUNT, low, high,
+    H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTPLUS: tl.constexpr, Q: tl.constexpr, FINITE: tl.constexpr,
 ):  # fmt: skip
-    """One program owns one chunk of BLOCK_H heads. Beyond the chunk's tokens s stays, and the time step is 0.
+    """s and r of one chunk and the heads h. Beyond the chunk's tokens s stays, and the time step is 0.
 
     r of a time step of 0 is +inf; if FINITE, that of LEAST_STEP.
     """
-    chunk = tl.program_id(0)
-    first, live = place_of(chunk, table_ptr, T, PER_SEQUENCE, Q, PACKED)
     i = tl.arange(0, Q)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     wanted = (i < live)[:, None] & (h < H)[None, :]
     raw = tl.load(dt_ptr + (first + i)[:, None] * stride + h[None, :], mask=wanted, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -144,6 +139,21 @@ def sums_kernel(
     at = (h[None, :].to(tl.int64) * COUNT + chunk) * Q + i[:, None]
     tl.store(s_ptr + at, s, mask=(h < H)[None, :] & (i >= 0)[:, None])
     tl.store(r_ptr + at, r, mask=(h < H)[None, :] & (i >= 0)[:, None])
+
+
+@launched(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
+def sums_kernel(
+    dt_ptr, bias_ptr, A_ptr, table_ptr, s_ptr, r_ptr,  # [B,T,H] [H] [H] -> [H,count,Q] twice
+    T, PER_SEQUENCE, COUNT, stride, low, high,
+    H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTPLUS: tl.constexpr,
+    Q: tl.constexpr, BLOCK_H: tl.constexpr, PACKED: tl.constexpr, FINITE: tl.constexpr,
+):  # fmt: skip
+    """One program owns one chunk of BLOCK_H heads."""
+    chunk = tl.program_id(0)
+    first, live = place_of(chunk, table_ptr, T, PER_SEQUENCE, Q, PACKED)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    store_sums(dt_ptr, bias_ptr, A_ptr, s_ptr, r_ptr, chunk, h, first, live, stride, COUNT, low, high,
+               H, HAS_BIAS, HAS_SOFTPLUS, Q, FINITE)  # fmt: skip
 
 
 def decay_sums(

@@ -44,7 +44,7 @@ def sizes_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Sizes:
     operand_bytes = 2 if v.dtype == torch.bfloat16 else 4
     block_n = max(16, next_power_of_2(N))
     block_p = min(64 if operand_bytes == 2 and block_n <= 128 else 32, max(16, next_power_of_2(P)))
-    if block_n > 128 and operand_bytes == 2 and block_p >= P:
+    if block_n >= 128 and operand_bytes == 2 and block_p >= P:
         block_p = 64
     chunk = 32 if single or block_n * operand_bytes > 512 else 64
     warps = 8 if single and block_n >= 64 else 4

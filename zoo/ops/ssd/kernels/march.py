@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from zoo.ops.kernels.launcher import launched
-from zoo.ops.kernels.primitives import LOG2E, dot
-from zoo.ops.semiseparable.kernels.chunks import LEAST, place_of, time_steps
+from zoo.ops.kernels.primitives import dot
+from zoo.ops.semiseparable.kernels.chunks import place_of, store_sums
 
 MOST = tl.constexpr(127.0)  # log2 of a weight; it is finite where there is none, and the scores are 0 there
 
@@ -29,27 +29,6 @@ def _scores(
     tl.store(scores_ptr + at, scores.to(scores_ptr.dtype.element_ty))
 
 
-@triton.jit
-def _sums(
-    dt_ptr, bias_ptr, A_ptr, s_ptr, r_ptr, chunk, h, first, live, stride, COUNT, low, high,
-    H: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTPLUS: tl.constexpr, Q: tl.constexpr,
-):  # fmt: skip
-    """s and r of one chunk and the heads h, as of `sums_kernel`."""
-    i = tl.arange(0, Q)
-    wanted = (i < live)[:, None] & (h < H)[None, :]
-    raw = tl.load(dt_ptr + (first + i)[:, None] * stride + h[None, :], mask=wanted, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        raw += tl.load(bias_ptr + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
-    _, reached = time_steps(raw, HAS_SOFTPLUS, low, high)
-    reached = tl.where(wanted, reached, 0.0)
-    rate = tl.load(A_ptr + h, mask=h < H, other=0.0).to(tl.float32) * LOG2E
-    s = tl.cumsum(tl.maximum(reached * rate[None, :], LEAST, propagate_nan=tl.PropagateNan.ALL), axis=0)
-    r = tl.where(reached == 0.0, float("inf"), s - tl.log2(tl.where(reached == 0.0, 1.0, reached)))
-    at = (h[None, :].to(tl.int64) * COUNT + chunk) * Q + i[:, None]
-    tl.store(s_ptr + at, s, mask=(h < H)[None, :] & (i >= 0)[:, None])
-    tl.store(r_ptr + at, r, mask=(h < H)[None, :] & (i >= 0)[:, None])
-
-
 @launched(do_not_specialize=["T", "PER_SEQUENCE", "COUNT"])
 def before_kernel(
     dt_ptr, bias_ptr, A_ptr, B_ptr, C_ptr, table_ptr,  # [B,T,H] [H] [H] [B,T,G,N] twice
@@ -66,8 +45,8 @@ def before_kernel(
         _scores(B_ptr, C_ptr, scores_ptr, chunk, part, first, live, B_stride, C_stride, G, N, Q, BLOCK_N)
     else:
         h = (part - G) * BLOCK_H + tl.arange(0, BLOCK_H)
-        _sums(dt_ptr, bias_ptr, A_ptr, s_ptr, r_ptr, chunk, h, first, live, stride, COUNT, low, high,
-              H, HAS_BIAS, HAS_SOFTPLUS, Q)  # fmt: skip
+        store_sums(dt_ptr, bias_ptr, A_ptr, s_ptr, r_ptr, chunk, h, first, live, stride, COUNT, low, high,
+                   H, HAS_BIAS, HAS_SOFTPLUS, Q, False)  # fmt: skip
 
 
 @triton.jit
